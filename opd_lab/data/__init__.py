@@ -1,0 +1,1 @@
+"""Prompts in, graded answers out."""

@@ -1,0 +1,104 @@
+"""Per-token divergences and estimators, each written like its equation, and the one reduction.
+
+p is the student, q the teacher, both at the same prefix. Arguments are log-probs over the last dimension, in fp32 or
+better. Formulas and golden numbers: GKD (arXiv 2306.13649, eq. 1) for the divergences; J. Schulman's k1, k2, k3 for
+the estimators of the sampled token.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from opd_lab.types import TopK
+
+TAILS = ("bucket", "renormalise", "truncate")
+
+
+def expectation(logp_NV: Tensor, value_NV: Tensor) -> Tensor:
+    """sum_v p(v) value(v), with 0 * inf = 0: a token without mass contributes nothing, not NaN."""
+    p_NV = logp_NV.exp()
+    return (p_NV * value_NV.masked_fill(p_NV == 0, 0.0)).sum(-1)
+
+
+def entropy(logp_NV: Tensor) -> Tensor:
+    """H(p) = -sum_v p log p."""
+    return -expectation(logp_NV, logp_NV)
+
+
+def reverse_kl(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
+    """KL(p || q) = sum_v p (log p - log q)."""
+    return expectation(logp_NV, logp_NV - logq_NV)
+
+
+def forward_kl(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
+    """KL(q || p) = sum_v q (log q - log p)."""
+    return expectation(logq_NV, logq_NV - logp_NV)
+
+
+def jsd(logp_NV: Tensor, logq_NV: Tensor, beta: float) -> Tensor:
+    """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p. Its ends are defined as the two KLs:
+    beta 0 = forward, beta 1 = reverse (GKD and TRL's convention)."""
+    if beta == 0:
+        return forward_kl(logp_NV, logq_NV)
+    if beta == 1:
+        return reverse_kl(logp_NV, logq_NV)
+    logm_NV = torch.logaddexp(logq_NV + math.log(beta), logp_NV + math.log(1 - beta))
+    return beta * expectation(logq_NV, logq_NV - logm_NV) + (1 - beta) * expectation(logp_NV, logp_NV - logm_NV)
+
+
+def topk_kl(on: TopK, *, direction: str, tail: str) -> Tensor:
+    """KL on a support S, `direction` reverse or forward. `tail` says what becomes of the mass outside S:
+
+    bucket       one more class holds the left-over mass of each model: a divergence, never above the full KL
+    renormalise  both models are renormalised on S: blind to the mass on S
+    truncate     the bare partial sum: no divergence, it may be negative
+    """
+    logp_NK = on.logp_student_NK.masked_fill(~on.inside_NK, -math.inf)
+    logq_NK = on.logp_teacher_NK.masked_fill(~on.inside_NK, -math.inf)
+    if tail == "renormalise":
+        logp_NK, logq_NK = _renormalise(logp_NK), _renormalise(logq_NK)
+    elif tail == "bucket" and not on.complete:
+        logp_NK = torch.cat([logp_NK, _log_rest(logp_NK)], -1)
+        logq_NK = torch.cat([logq_NK, _log_rest(logq_NK)], -1)
+    return reverse_kl(logp_NK, logq_NK) if direction == "reverse" else forward_kl(logp_NK, logq_NK)
+
+
+def _renormalise(logp_NK: Tensor) -> Tensor:
+    total_N1 = logp_NK.logsumexp(-1, keepdim=True)
+    return logp_NK - total_N1.masked_fill(total_N1.isneginf(), 0.0)  # an empty support stays empty
+
+
+def _log_rest(logp_NK: Tensor) -> Tensor:
+    """log(1 - sum_S p), in log space; the sum is kept below 1, where rounding would leave no rest at all."""
+    inside_N1 = logp_NK.exp().sum(-1, keepdim=True)
+    return torch.log1p(-inside_N1.clamp(max=1 - torch.finfo(logp_NK.dtype).eps))
+
+
+def k1(gap_N: Tensor) -> Tensor:
+    """gap = log p(y) - log q(y). Unbiased for KL(p || q), high variance, negative half the time."""
+    return gap_N
+
+
+def k2(gap_N: Tensor) -> Tensor:
+    """gap^2 / 2. Biased as a value; back-propagated, its expected gradient is that of KL(p || q)."""
+    return gap_N.square() / 2
+
+
+def k3(gap_N: Tensor) -> Tensor:
+    """q/p - 1 + gap >= 0. Unbiased as a value; back-propagated, its expected gradient is that of KL(q || p)."""
+    return torch.exp(-gap_N) - 1 + gap_N
+
+
+def score_function(logp_N: Tensor, cost_N: Tensor) -> Tensor:
+    """cost * log p(y), the cost held constant: its expected gradient is that of E_p[cost]."""
+    return cost_N.detach() * logp_N
+
+
+def weighted_mean(loss_N: Tensor, weight_N: Tensor, kept: int | Tensor) -> Tensor:
+    """The one reduction: sum(weight * loss) / kept, where `kept` counts the tokens of the *whole step* whose weight
+    is not 0. Tokens of weight 0 are left out by selection, so that a NaN or inf there touches nothing."""
+    counted_N = weight_N != 0
+    return (weight_N[counted_N] * loss_N[counted_N]).sum() / max(int(kept), 1)

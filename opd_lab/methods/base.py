@@ -1,0 +1,110 @@
+"""The method contract. Every default answer is plain on-policy distillation.
+
+    behavior     who samples the rollouts?                     the student
+    needs        which signals must exist?                     what reverse KL needs
+    consult      what else is computed once per step?          nothing
+    weights      how much does each token count?               every generated token once
+    losses       what is minimised on each token?              reverse KL, full vocabulary
+    init_state,
+    update       what is remembered between steps?             nothing
+    check        what cannot work, before the first token?     nothing is refused
+    metrics      what does the method report of itself?        nothing
+
+`weights` sees the whole step and no gradient, so batch statistics are batch statistics. `losses` sees any number of
+tokens of any rollouts and may look at nothing but each token itself, so memory is bounded and the micro-batch changes
+nothing. Both name the same terms. The objective is
+
+    sum over terms of   sum_tokens(weight * loss) / #(tokens of the step with weight != 0 in that term)
+
+A method is immutable. Its fields are the YAML keys, the MLflow params and the search space at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from opd_lab.types import REVERSE_KL, Batch, Behavior, Facts, Needs, Rollouts, State, Tokens
+
+TRAINED = "opd"  # the name of a method's only term
+
+
+class Ask(Protocol):
+    """What `consult` may ask of the teacher."""
+
+    def continue_(self, rollouts: Rollouts, cuts_B: Tensor, *, samples: int, max_tokens: int) -> list[list[str]]:
+        """`samples` texts per rollout, each continuing its response from before token `cuts_B[b]`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Plain on-policy distillation, and the questions every other method answers differently."""
+
+    paper: ClassVar[str]  # an address
+    # Settings under which the method is plain OPD in loss and gradient; None, where there are none (then `laws` says
+    # what is tested in their place).
+    neutral: ClassVar[Mapping[str, Any] | None] = {}
+    # Settings whose loss has a full-vocabulary form: with them a small step must lower the exact reverse KL.
+    towards_teacher: ClassVar[Mapping[str, Any]] = {}
+    # Teacher := student must give loss 0 and gradient 0; else the reason why it does not.
+    not_zero_at_teacher: ClassVar[str | None] = None
+
+    def behavior(self, plain: Behavior, step: int, state: State) -> Behavior:
+        """The behavior of this step; `plain` is what the rollout config says."""
+        return plain
+
+    def needs(self) -> Needs:
+        return Needs(tokens=frozenset({REVERSE_KL}))
+
+    def consult(self, ask: Ask, batch: Batch) -> dict[str, Tensor]:
+        """Constants for this step, shape B or BT, read as `batch.consulted[...]` and `tokens.consulted[...]`."""
+        return {}
+
+    def weights(self, batch: Batch) -> dict[str, Tensor]:
+        """Per term a weight >= 0 per token, shape BT, 0 outside the mask."""
+        return {TRAINED: batch.rollouts.mask_BT.float()}
+
+    def losses(self, tokens: Tokens) -> dict[str, Tensor]:
+        """Per term a loss per token, shape N, nats unless the card says otherwise."""
+        return {TRAINED: tokens[REVERSE_KL]}
+
+    def init_state(self) -> State:
+        return {}
+
+    def update(self, state: State, batch: Batch) -> State:
+        return state
+
+    def check(self, facts: Facts) -> None:
+        """Raise ValueError, saying what, got, allowed and next, if this run cannot work."""
+
+    def metrics(self, batch: Batch, weights: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
+        """The method's own metrics under names that begin with its own; a 1-D tensor is logged as a histogram.
+        Beside `needs().batch`, `batch` holds the signals that the diagnostics recorded; use `batch.signals.get`."""
+        return {}
+
+    def conventions(self) -> dict[str, str]:
+        """What a comparison must know before it draws two losses on one axis."""
+        return {"divergence": "reverse_kl", "estimator": "full_vocabulary", "denominator": "tokens"}
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the choices."""
+    if value not in allowed:
+        raise ValueError(f"method.{name} must be one of {', '.join(allowed)}, got {value}")
+
+
+def within(name: str, value: float, interval: str, ok: bool, hint: str = "") -> None:
+    """Refuse a number outside its interval."""
+    if not ok:
+        raise ValueError(f"method.{name} must be {interval}, got {value:g}{'; ' + hint if hint else ''}")
+
+
+def rollout_mean(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean over each rollout's generated tokens, float64; NaN for a rollout without any."""
+    total_B = value_BT.double().masked_fill(~mask_BT, 0.0).sum(1)
+    return total_B / mask_BT.sum(1).double().masked_fill(~mask_BT.any(1), torch.nan)

@@ -1,0 +1,125 @@
+"""Every setting of a run, typed. `conf/` holds the defaults and their units; `config.py` turns YAML into these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """One model: `lab:student`, `lab:teacher`, `lab:teacher_same_shape`, or a folder that transformers can load."""
+
+    path: str
+    dtype: str  # float32 | bfloat16 | float16
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSettings:
+    name: str
+    student: ModelSettings
+    teacher: ModelSettings
+    device: str  # auto | cpu | cuda | cuda:0 ...
+    stop_ids: list[int] | None  # token ids that end a response; None = both models must agree on them
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """`kind` arithmetic = the embedded lab; file = JSONL or parquet, read through a field mapping."""
+
+    name: str
+    kind: str  # arithmetic | file
+    operations: list[int]  # arithmetic: lengths of the chains
+    problems: int  # arithmetic: size of the training split
+    path: str | None  # file: training problems
+    test_path: str | None  # file: held-out problems; None = the last `held_out` of `path`
+    held_out: int  # file without test_path: problems kept for validation and as many for test
+    prompt_field: str  # dotted path inside a record; may hold a string or chat messages
+    answer_field: str | None  # None = not graded
+    answer_pattern: str | None  # regular expression; its first group is the answer
+    system_prompt: str | None
+    instruction: str | None  # appended to the question
+    grader: str  # exact | math_verify | none
+    max_prompt_tokens: int  # longer prompts are left out and counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    engine: str  # torch
+    prompts: int  # prompts per step
+    per_prompt: int  # rollouts of one prompt
+    max_tokens: int  # response limit
+    temperature: float
+    top_p: float  # 1 = off
+    top_k: int  # 0 = off
+    suppressed: list[int]  # token ids never sampled
+    decode_rows: int  # rollouts decoded together
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    lr: float
+    betas: list[float]
+    eps: float
+    weight_decay: float
+    clip_norm: float | None  # None = off
+    schedule: str  # constant | linear | cosine
+    warmup_steps: int
+    micro_batch: int  # rollouts per forward and backward
+    updates_per_rollout: int
+    chunk_tokens: int  # tokens projected onto the vocabulary at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    every: int  # steps; 0 = only before the first and after the last
+    problems: int  # validation problems, at every evaluation
+    samples: int  # rollouts per problem: k of avg@k and pass@k
+    test_problems: int  # test problems, before the first and after the last step
+    test_samples: int
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int  # of problems and sampling: the same for every method and run
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    every: int  # steps; 0 = only at the end
+    keep_last: int
+    keep_best: bool  # by validation accuracy, where data are graded
+    resume: str  # auto | never
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnosticsSettings:
+    every: int  # steps between histograms and token tables; scalars come at every step
+    high_loss_quantile: float  # tokens above this quantile of a step's KL are high-loss tokens
+    high_loss_rows: int  # token types shown in the high-loss table
+    sample_rollouts: int  # rollouts kept with per-token arrays, at every `every`-th step
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingSettings:
+    folder: str  # where run folders live
+    mlflow: bool
+    uri: str | None  # None = SQLite file in `folder`
+    experiment: str
+    name: str | None  # run name; None = made from method, model, data, seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    seed: int
+    steps: int
+    threads: int | None  # CPU threads of torch; None = torch's choice
+    objective: str  # the metric a sweep reads: comparable across methods
+    model: PairSettings
+    data: DataSettings
+    rollout: RolloutSettings
+    optim: OptimSettings
+    evaluate: EvaluateSettings
+    checkpoint: CheckpointSettings
+    diagnostics: DiagnosticsSettings
+    tracking: TrackingSettings
+    method: dict[str, object] = field(default_factory=dict)  # `_target_` and the method's fields

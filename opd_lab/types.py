@@ -1,0 +1,213 @@
+"""The values that flow through one step of a run.
+
+Shape letters, used as name suffixes everywhere in the package:
+    B rollouts   P prompt columns   T response columns   L = P + T   N tokens in one flat list
+    H hidden width   V vocabulary   K tokens of a support or bins of a histogram
+Log-probabilities, entropies, divergences and gaps are in nats.
+
+A per-token value is indexed by the token it speaks about. Its distribution comes from the hidden state one column
+earlier, so response token t is predicted at column P + t - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from enum import IntEnum
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+State = dict[str, Any]
+
+
+class Source(IntEnum):
+    """Where a response token came from. Only what stands above GIVEN is trained."""
+
+    PADDING = 0
+    GIVEN = 1
+    STUDENT = 2
+    TEACHER = 3
+    BLEND = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """What was sampled, and what the sampler knew for free."""
+
+    ids_BL: Tensor  # prompts, padded on the left, then responses, padded on the right
+    attention_BL: Tensor  # bool, False on padding
+    source_BT: Tensor  # int8, a Source per response token
+    behavior_logp_BT: Tensor  # log-prob under the distribution that sampled the token (tempered, filtered)
+    logp_BT: Tensor  # log-prob under the student itself: temperature 1, no filter
+    entropy_BT: Tensor  # entropy of the student at the predicting position
+    stopped_B: Tensor  # bool, ended by a stop id; False = cut at the response limit
+    uid_B: Tensor  # int64, the rollout's number within its run: owner of its randomness
+    group_B: Tensor  # int64, rollouts of one prompt share it
+    reward_B: Tensor  # 1 correct, 0 wrong, NaN without a grader
+
+    @property
+    def mask_BT(self) -> Tensor:
+        """True on generated response tokens: those that are trained."""
+        return self.source_BT > Source.GIVEN
+
+    @property
+    def prompt_columns(self) -> int:
+        return self.ids_BL.shape[1] - self.source_BT.shape[1]
+
+    @property
+    def response_BT(self) -> Tensor:
+        return self.ids_BL[:, self.prompt_columns :]
+
+    @property
+    def length_B(self) -> Tensor:
+        return self.mask_BT.sum(1)
+
+    def __len__(self) -> int:
+        return len(self.ids_BL)
+
+    def rows(self, index: slice | Tensor) -> Self:
+        return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """The name of one number per token, with its parameters: `jsd(beta=0.5)`."""
+
+    name: str
+    args: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return self.name + (f"({', '.join(f'{k}={v}' for k, v in self.args)})" if self.args else "")
+
+
+LOGP_STUDENT = Signal("logp_student")  # of the sampled token, at temperature 1
+LOGP_OLD = Signal("logp_old")  # the same at the first update on these rollouts; a constant
+LOGP_TEACHER = Signal("logp_teacher")
+ENTROPY_STUDENT = Signal("entropy_student")
+ENTROPY_TEACHER = Signal("entropy_teacher")
+REVERSE_KL = Signal("reverse_kl")  # KL(student || teacher), full vocabulary
+FORWARD_KL = Signal("forward_kl")  # KL(teacher || student), full vocabulary
+RANK_TEACHER = Signal("rank_teacher")  # tokens that the teacher prefers to the sampled one
+
+
+def jsd(beta: float) -> Signal:
+    """Generalised Jensen-Shannon divergence, GKD's convention: 0 = forward KL, 1 = reverse KL."""
+    return Signal("jsd", (("beta", beta),))
+
+
+def topk(k: int, support: str) -> Signal:
+    """Log-probs of both models on a support of k tokens: student, teacher, union or intersection. A `TopK`."""
+    return Signal("topk", (("k", k), ("support", support)))
+
+
+def overlap(k: int) -> Signal:
+    """Share of the student's k likeliest tokens that are among the teacher's k likeliest."""
+    return Signal("overlap", (("k", k),))
+
+
+class TopK(NamedTuple):
+    """Log-probs of the full vocabulary gathered on a support; `inside` is False where a row has fewer tokens."""
+
+    logp_student_NK: Tensor
+    logp_teacher_NK: Tensor
+    inside_NK: Tensor
+    ids_NK: Tensor
+    complete: bool  # the support is the whole vocabulary: nothing is left over
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """The signals a method reads: `batch` over the whole step without gradient, `tokens` inside its losses."""
+
+    batch: frozenset[Signal] = frozenset()
+    tokens: frozenset[Signal] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One whole step. No gradient. `batch[SIGNAL]` has shape BT and is NaN where nothing was generated."""
+
+    rollouts: Rollouts
+    signals: Mapping[Signal, Tensor]
+    consulted: Mapping[str, Tensor] = field(default_factory=dict)  # what `Method.consult` made: shape B or BT
+    state: State = field(default_factory=dict)  # what the method remembers from earlier steps
+    step: int = 0
+    seed: int = 0
+
+    def __getitem__(self, signal: Signal) -> Tensor:
+        return self.signals[signal]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """N generated tokens on their way through the losses. `tokens[SIGNAL]` has shape N; the student's carry gradient."""
+
+    ids_N: Tensor
+    row_N: Tensor  # the rollout's row in the batch
+    position_N: Tensor  # response position t
+    source_N: Tensor
+    behavior_logp_N: Tensor
+    signals: Mapping[Signal, Any]
+    consulted: Mapping[str, Tensor] = field(default_factory=dict)  # shape N
+    step: int = 0
+
+    def __getitem__(self, signal: Signal) -> Any:
+        return self.signals[signal]
+
+
+@dataclass(frozen=True, slots=True)
+class Behavior:
+    """Who samples a rollout, and how."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0  # 1 = off
+    top_k: int = 0  # tokens, 0 = off
+    suppressed: tuple[int, ...] = ()  # token ids that are never sampled
+
+    @property
+    def plain(self) -> bool:
+        """Tokens come from the student's own distribution, untempered and unfiltered."""
+        return self.temperature == 1.0 and self.top_p == 1.0 and self.top_k == 0 and not self.suppressed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a method may know of its run before the first token, to refuse what cannot work."""
+
+    steps: int
+    behavior: Behavior
+    max_tokens: int  # response limit
+    per_prompt: int  # rollouts of one prompt in a step
+    updates_per_rollout: int
+    vocabulary: int
+    graded: bool
+    data: str  # name of the data config, for messages
+    teacher: str  # likewise
+    engine: str  # likewise
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Counts over one of the fixed bin sets that all runs share, so that histograms can be added and compared."""
+
+    counts_K: Tensor  # int64
+    bins: str
+
+
+@dataclass(slots=True)
+class Report:
+    """What one step leaves behind. Names are `area/quantity_unit`; rows of a table are flat records."""
+
+    step: int
+    scalars: dict[str, float] = field(default_factory=dict)
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+def scatter(value_N: Tensor, mask_BT: Tensor) -> Tensor:
+    """Put a flat list of tokens back into its rollouts; NaN elsewhere. `value_BT[mask_BT]` undoes it."""
+    value_BT = torch.full(mask_BT.shape, float("nan"), dtype=value_N.dtype, device=value_N.device)
+    value_BT[mask_BT] = value_N
+    return value_BT
