@@ -1,0 +1,77 @@
+"""Batch -> Report: the same questions to every method, answered from the signals recorded on the chunk.
+
+Scalars come at every step; histograms, the profile over positions, the high-loss token types and sampled rollouts with
+their per-token arrays at every `settings.every`-th.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from opd_lab.diagnostics.high_loss import Decode, HighLoss
+from opd_lab.diagnostics.histograms import count
+from opd_lab.diagnostics.positions import profile
+from opd_lab.diagnostics.samples import sample
+from opd_lab.diagnostics.summary import RECORD, gap_BT, scalars, total_weight_BT
+from opd_lab.settings import DiagnosticsSettings
+from opd_lab.types import ENTROPY_STUDENT, ENTROPY_TEACHER, FORWARD_KL, RANK_TEACHER, REVERSE_KL, Batch, Report
+
+__all__ = ["RECORD", "Decode", "HighLoss", "due", "observe"]
+
+
+def due(step: int, every: int) -> bool:
+    """Whether a step shows histograms and tables; `every` 0 = none does."""
+    return every > 0 and step % every == 0
+
+
+def observe(
+    batch: Batch,
+    weights: Mapping[str, Tensor],
+    *,
+    settings: DiagnosticsSettings,
+    high_loss: HighLoss,
+    decode: Decode,
+    losses: Mapping[str, Tensor] | None = None,
+    metrics: Mapping[str, float | Tensor] | None = None,
+) -> Report:
+    """What one step says. `weights` and `losses` have shape BT per term; `metrics` are the method's own."""
+    losses, metrics = losses or {}, metrics or {}
+    high_loss.add(batch)
+    report = Report(batch.step, scalars(batch, weights, settings.high_loss_quantile))
+    report.scalars |= {name: float(value) for name, value in metrics.items() if not _is_histogram(value)}
+    if not due(batch.step, settings.every):
+        return report
+    mask_BT = batch.rollouts.mask_BT
+    for name, (signal, bins) in _HISTOGRAMS.items():
+        if signal in batch.signals:
+            report.histograms[name] = count(batch[signal][mask_BT], bins)
+    report.histograms["gap/sampled_nats"] = count(gap_BT(batch)[mask_BT], "gap_nats")
+    report.histograms["rollout/length_tokens"] = count(batch.rollouts.length_B, "count")
+    if weights:
+        report.histograms["weight/total_ratio"] = count(total_weight_BT(weights)[mask_BT], "weight_ratio")
+    for term, loss_BT in losses.items():
+        report.histograms[f"loss/{term}"] = count(loss_BT[mask_BT], "signed")
+    for name, value in metrics.items():
+        if _is_histogram(value):
+            report.histograms[name] = count(value, "signed")  # pyright: ignore[reportArgumentType]
+    report.tables["positions"] = profile(batch)
+    report.tables["high_loss_tokens"] = [
+        {"step": batch.step, **row} for row in high_loss.table(decode, settings.high_loss_rows)
+    ]
+    report.tables["rollouts"] = sample(batch, weights, losses, decode, settings.sample_rollouts)
+    return report
+
+
+_HISTOGRAMS = {
+    "kl/reverse_nats": (REVERSE_KL, "kl_nats"),
+    "kl/forward_nats": (FORWARD_KL, "kl_nats"),
+    "entropy/student_nats": (ENTROPY_STUDENT, "entropy_nats"),
+    "entropy/teacher_nats": (ENTROPY_TEACHER, "entropy_nats"),
+    "rank/teacher_tokens": (RANK_TEACHER, "count"),
+}
+
+
+def _is_histogram(value: float | Tensor) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0

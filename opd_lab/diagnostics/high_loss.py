@@ -1,0 +1,168 @@
+"""Which token types carry the divergence, over a whole run and in bounded memory.
+
+Per token type: how often it was written, its KL (mean, spread, maximum), its share of all KL against its share of all
+tokens, what both models thought of it, where it stood, the most extreme example in context, and its persistence: in
+how many of the last windows of training its mean KL was high. A type is high in a window if its mean KL there exceeds
+the mean KL of the type at the given quantile of the window's tokens.
+
+All sums are float64 on the CPU, so neither the device nor a restart changes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_lab.diagnostics.positions import relative_BT
+from opd_lab.types import (
+    ENTROPY_STUDENT,
+    ENTROPY_TEACHER,
+    LOGP_STUDENT,
+    LOGP_TEACHER,
+    REVERSE_KL,
+    Batch,
+)
+
+WINDOWS = 16  # remembered for the persistence
+BEFORE, AFTER = 16, 6  # tokens of context around the example
+NOTHING = -1  # no token here
+
+Decode = Callable[[list[int]], str]
+
+
+class HighLoss:
+    """Accumulators over `vocabulary` token types; a window is `window` steps long."""
+
+    def __init__(self, vocabulary: int, *, quantile: float, window: int) -> None:
+        self._quantile, self._window = quantile, max(window, 1)
+        self._sums = {name: torch.zeros(vocabulary, dtype=torch.float64) for name in _SUMMED}
+        self._kl_max_V = torch.full((vocabulary,), -torch.inf, dtype=torch.float64)
+        self._example_VC = torch.full((vocabulary, BEFORE + 1 + AFTER), NOTHING, dtype=torch.int32)
+        self._window_count_V = torch.zeros(vocabulary, dtype=torch.float64)
+        self._window_kl_V = torch.zeros(vocabulary, dtype=torch.float64)
+        self._high_V = torch.zeros(vocabulary, dtype=torch.int64)  # bit w: high in the w-th last window
+        self._steps, self._windows = 0, 0  # steps in the open window, closed windows
+
+    def add(self, batch: Batch) -> None:
+        """Count the generated tokens of a step; a teacher without a full distribution gives no KL, so nothing to count."""
+        if REVERSE_KL not in batch.signals:
+            return
+        kl_BT = batch[REVERSE_KL].detach().double().cpu()
+        keep_BT = batch.rollouts.mask_BT.cpu() & kl_BT.isfinite()
+        ids_N = batch.rollouts.response_BT.cpu()[keep_BT].long()
+        kl_N = kl_BT[keep_BT]
+        seen = {
+            "count": torch.ones_like(kl_N),
+            "kl": kl_N,
+            "kl_square": kl_N.square(),
+            "p_student": _at(batch, LOGP_STUDENT, keep_BT).exp(),
+            "p_teacher": _at(batch, LOGP_TEACHER, keep_BT).exp(),
+            "entropy_student": _at(batch, ENTROPY_STUDENT, keep_BT),
+            "entropy_teacher": _at(batch, ENTROPY_TEACHER, keep_BT),
+            "position": relative_BT(batch.rollouts.mask_BT.cpu())[keep_BT],
+        }
+        for name, value_N in seen.items():
+            self._sums[name] += self._per_type(ids_N, value_N)
+        self._window_count_V += self._per_type(ids_N, seen["count"])
+        self._window_kl_V += self._per_type(ids_N, kl_N)
+        self._keep_examples(batch, keep_BT, ids_N, kl_N)
+        self._steps += 1
+        if self._steps == self._window:
+            self._close_window()
+
+    def _per_type(self, ids_N: Tensor, value_N: Tensor) -> Tensor:
+        return torch.bincount(ids_N, weights=value_N, minlength=len(self._kl_max_V))
+
+    def _keep_examples(self, batch: Batch, keep_BT: Tensor, ids_N: Tensor, kl_N: Tensor) -> None:
+        """Where a type's maximum rises, its first such token becomes its example."""
+        before_V = self._kl_max_V.clone()
+        self._kl_max_V.scatter_reduce_(0, ids_N, kl_N, "amax")
+        winner_N = (kl_N == self._kl_max_V[ids_N]) & (kl_N > before_V[ids_N])
+        order_M = winner_N.nonzero()[:, 0].flip(0)
+        first_V = torch.full(before_V.shape, NOTHING)
+        first_V.scatter_reduce_(0, ids_N[order_M], order_M, "amin", include_self=False)
+        types_M = (first_V != NOTHING).nonzero()[:, 0]
+        row_M, column_M = keep_BT.nonzero()[first_V[types_M]].unbind(1)
+        column_MC = batch.rollouts.prompt_columns + column_M[:, None] + torch.arange(-BEFORE, AFTER + 1)
+        ids_BL, there_BL = batch.rollouts.ids_BL.cpu(), batch.rollouts.attention_BL.cpu()
+        inside_MC = (column_MC >= 0) & (column_MC < ids_BL.shape[1])
+        column_MC = column_MC.clamp(0, ids_BL.shape[1] - 1)
+        inside_MC &= there_BL[row_M[:, None], column_MC]
+        self._example_VC[types_M] = ids_BL[row_M[:, None], column_MC].masked_fill(~inside_MC, NOTHING).int()
+
+    def _close_window(self) -> None:
+        mean_V = self._window_kl_V / self._window_count_V  # NaN where the type was not written
+        mean_S, order_S = mean_V[self._window_count_V > 0].sort()
+        if len(mean_S):
+            reached_S = self._window_count_V[self._window_count_V > 0][order_S].cumsum(0)
+            bar = mean_S[int(torch.searchsorted(reached_S, self._quantile * reached_S[-1]).clamp(max=len(mean_S) - 1))]
+            self._high_V = (self._high_V << 1 | (mean_V > bar).long()) & ((1 << WINDOWS) - 1)
+            self._windows += 1
+        self._window_count_V.zero_()
+        self._window_kl_V.zero_()
+        self._steps = 0
+
+    def table(self, decode: Decode, rows: int) -> list[dict[str, Any]]:
+        """The `rows` token types that own most of the KL, the greatest first."""
+        count_V, kl_V = self._sums["count"], self._sums["kl"]
+        mean = {name: sum_V / count_V for name, sum_V in self._sums.items()}
+        std_V = (mean["kl_square"] - mean["kl"].square()).clamp(min=0).sqrt()
+        kl_share_V, token_share_V = kl_V / kl_V.sum(), count_V / count_V.sum()
+        times_V = torch.stack([(self._high_V >> w) & 1 for w in range(WINDOWS)]).sum(0)
+        seen_V = (count_V > 0).nonzero()[:, 0]
+        top = seen_V[kl_V[seen_V].sort(descending=True, stable=True).indices[:rows]].tolist()
+        return [
+            {
+                "rank": place,
+                "id": v,
+                "token": decode([v]),
+                "count": int(count_V[v]),
+                "kl_mean_nats": float(mean["kl"][v]),
+                "kl_std_nats": float(std_V[v]),
+                "kl_max_nats": float(self._kl_max_V[v]),
+                "kl_share_fraction": float(kl_share_V[v]),
+                "token_share_fraction": float(token_share_V[v]),
+                "enrichment_ratio": float(kl_share_V[v] / token_share_V[v]),
+                "p_student_mean": float(mean["p_student"][v]),
+                "p_teacher_mean": float(mean["p_teacher"][v]),
+                "entropy_student_mean_nats": float(mean["entropy_student"][v]),
+                "entropy_teacher_mean_nats": float(mean["entropy_teacher"][v]),
+                "position_mean_fraction": float(mean["position"][v]),
+                "persistence_windows": int(times_V[v]),
+                "windows": min(self._windows, WINDOWS),
+                "example": self._example(decode, v),
+            }
+            for place, v in enumerate(top)
+        ]
+
+    def _example(self, decode: Decode, v: int) -> str:
+        before, after = self._example_VC[v, :BEFORE].tolist(), self._example_VC[v, BEFORE + 1 :].tolist()
+        texts = (decode([i for i in ids if i != NOTHING]) for ids in (before, [v], after))
+        return "{}⟦{}⟧{}".format(*texts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and ints only."""
+        fields = {name: getattr(self, f"_{name}") for name in _STATE}
+        return fields | {f"sum_{name}": sum_V for name, sum_V in self._sums.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if len(state["kl_max_V"]) != len(self._kl_max_V):
+            got, want = len(state["kl_max_V"]), len(self._kl_max_V)
+            raise ValueError(f"the high-loss table of the checkpoint counts {got} token types, the models have {want}")
+        for name in _STATE:
+            value = state[name]
+            setattr(self, f"_{name}", value.clone() if isinstance(value, Tensor) else value)
+        self._sums = {name: state[f"sum_{name}"].clone() for name in _SUMMED}
+
+
+_SUMMED = ("count", "kl", "kl_square", "p_student", "p_teacher", "entropy_student", "entropy_teacher", "position")
+_STATE = ("kl_max_V", "example_VC", "window_count_V", "window_kl_V", "high_V", "steps", "windows")
+
+
+def _at(batch: Batch, signal: Any, keep_BT: Tensor) -> Tensor:
+    if signal not in batch.signals:
+        return torch.full((int(keep_BT.sum()),), torch.nan, dtype=torch.float64)
+    return batch[signal].detach().double().cpu()[keep_BT]

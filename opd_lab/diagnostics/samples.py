@@ -1,0 +1,61 @@
+"""A few rollouts of a step with everything known per token, to be read by eye."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_lab.diagnostics.high_loss import Decode
+from opd_lab.diagnostics.summary import total_weight_BT
+from opd_lab.types import ENTROPY_STUDENT, ENTROPY_TEACHER, LOGP_STUDENT, LOGP_TEACHER, REVERSE_KL, Batch, Source
+
+_SHOWN = {
+    "logp_student": LOGP_STUDENT,
+    "logp_teacher": LOGP_TEACHER,
+    "reverse_kl": REVERSE_KL,
+    "entropy_student": ENTROPY_STUDENT,
+    "entropy_teacher": ENTROPY_TEACHER,
+}
+
+
+def sample(
+    batch: Batch, weights: Mapping[str, Tensor], losses: Mapping[str, Tensor], decode: Decode, rows: int
+) -> list[dict[str, Any]]:
+    """The `rows` rollouts with the smallest numbers. Arrays speak of the response tokens, given ones included (NaN)."""
+    rollouts = batch.rollouts
+    there_BT = rollouts.source_BT != Source.PADDING
+    arrays = {name: batch[signal] for name, signal in _SHOWN.items() if signal in batch.signals}
+    arrays["behavior_logp"] = rollouts.behavior_logp_BT
+    if weights:
+        arrays["weight"] = total_weight_BT(weights)
+    if losses:
+        arrays["loss"] = _weighted_BT(weights, losses)
+    out = []
+    for b in rollouts.uid_B.argsort()[:rows].tolist():
+        there_T, attended_P = there_BT[b], rollouts.attention_BL[b, : rollouts.prompt_columns]
+        ids = rollouts.response_BT[b][there_T].tolist()
+        out.append(
+            {
+                "step": batch.step,
+                "uid": int(rollouts.uid_B[b]),
+                "group": int(rollouts.group_B[b]),
+                "reward": float(rollouts.reward_B[b]),
+                "stopped": bool(rollouts.stopped_B[b]),
+                "prompt": decode(rollouts.ids_BL[b, : rollouts.prompt_columns][attended_P].tolist()),
+                "text": decode(ids),
+                "ids": ids,
+                "tokens": [decode([i]) for i in ids],
+                "source": [Source(s).name.lower() for s in rollouts.source_BT[b][there_T].tolist()],
+                **{name: value_BT[b][there_T].tolist() for name, value_BT in arrays.items()},
+            }
+        )
+    return out
+
+
+def _weighted_BT(weights: Mapping[str, Tensor], losses: Mapping[str, Tensor]) -> Tensor:
+    """A token's part of the objective before any denominator; NaN where no term trains it."""
+    part_ZBT = torch.stack([weights[term] * loss_BT for term, loss_BT in losses.items()])
+    return part_ZBT.nansum(0).masked_fill(part_ZBT.isnan().all(0), torch.nan)

@@ -1,0 +1,141 @@
+"""A step in numbers: the scalars that every run logs at every step, whatever its method.
+
+They speak of all generated tokens of the step, not only of those a method keeps, so that methods can be compared. A
+token without a score (NaN) is left out of a mean and counted in `teacher/unscored_fraction`. A number that does not
+exist (no grader, no teacher distribution) is absent, never 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from opd_lab.types import (
+    ENTROPY_STUDENT,
+    ENTROPY_TEACHER,
+    FORWARD_KL,
+    LOGP_STUDENT,
+    LOGP_TEACHER,
+    RANK_TEACHER,
+    REVERSE_KL,
+    Batch,
+    Rollouts,
+    Signal,
+    overlap,
+)
+
+OVERLAP = overlap(16)
+
+# What the trainer records on the chunk, for every method.
+RECORD: frozenset[Signal] = frozenset(
+    {
+        LOGP_STUDENT,
+        LOGP_TEACHER,
+        ENTROPY_STUDENT,
+        ENTROPY_TEACHER,
+        REVERSE_KL,
+        FORWARD_KL,
+        RANK_TEACHER,
+        OVERLAP,
+    }
+)
+
+
+def present(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """The values of the generated tokens that have one, flat, float64, on the CPU."""
+    value_N = value_BT[mask_BT].detach().double().cpu()
+    return value_N[~value_N.isnan()]
+
+
+def quantile(value_N: Tensor, q: float) -> float:
+    """The smallest value that at least a share q of the values does not exceed (nearest rank)."""
+    return float(value_N.sort().values[max(math.ceil(q * len(value_N)), 1) - 1])
+
+
+def scalars(batch: Batch, weights: Mapping[str, Tensor], high_loss_quantile: float) -> dict[str, float]:
+    """Every scalar of the step that exists."""
+    mask_BT = batch.rollouts.mask_BT
+    out = _rollouts(batch.rollouts) | _weights(weights, mask_BT)
+    for name, signal in _MEANS.items():
+        if signal in batch.signals and len(value_N := present(batch[signal], mask_BT)):
+            out[name] = float(value_N.mean())
+    if REVERSE_KL in batch.signals and len(kl_N := present(batch[REVERSE_KL], mask_BT)):
+        out |= {f"kl/reverse_p{round(100 * q)}_nats": quantile(kl_N, q) for q in (0.5, 0.9, 0.99)}
+        if (total := float(kl_N.sum())) > 0:
+            high_N = kl_N > quantile(kl_N, high_loss_quantile)
+            out["high_loss/kl_share_fraction"] = float(kl_N[high_N].sum()) / total
+    gap_N = present(gap_BT(batch), mask_BT)
+    if len(gap_N):
+        out["gap/mean_nats"] = float(gap_N.mean())
+        out["gap/std_nats"] = float(gap_N.std(correction=0))
+    if LOGP_TEACHER in batch.signals and bool(mask_BT.any()):
+        out["teacher/unscored_fraction"] = float(batch[LOGP_TEACHER][mask_BT].isnan().double().mean())
+    return out
+
+
+_MEANS = {
+    "kl/reverse_mean_nats": REVERSE_KL,
+    "kl/forward_mean_nats": FORWARD_KL,
+    "entropy/student_mean_nats": ENTROPY_STUDENT,
+    "entropy/teacher_mean_nats": ENTROPY_TEACHER,
+    "rank/teacher_mean_tokens": RANK_TEACHER,
+    "overlap/top16_fraction": OVERLAP,
+}
+
+
+def gap_BT(batch: Batch) -> Tensor:
+    """log p_student - log p_teacher of the sampled token; all NaN where the teacher says nothing."""
+    logp_BT = batch.signals.get(LOGP_STUDENT, batch.rollouts.logp_BT)
+    logq_BT = batch.signals.get(LOGP_TEACHER)
+    return torch.full_like(logp_BT, torch.nan) if logq_BT is None else logp_BT - logq_BT
+
+
+def total_weight_BT(weights: Mapping[str, Tensor]) -> Tensor:
+    """A token's weight, summed over the terms."""
+    return torch.stack([weight_BT.double() for weight_BT in weights.values()]).sum(0)
+
+
+def _weights(weights: Mapping[str, Tensor], mask_BT: Tensor) -> dict[str, float]:
+    """The share of tokens that count nothing, and the share of tokens that do the work: (sum w)^2 / (N sum w^2)."""
+    if not weights or not bool(mask_BT.any()):
+        return {}
+    weight_N = total_weight_BT(weights)[mask_BT].cpu()
+    out = {"weight/zero_fraction": float((weight_N == 0).double().mean())}
+    if (square := float(weight_N.square().sum())) > 0:
+        out["weight/effective_fraction"] = float(weight_N.sum()) ** 2 / (len(weight_N) * square)
+    return out
+
+
+def _rollouts(rollouts: Rollouts) -> dict[str, float]:
+    if not len(rollouts):
+        return {}
+    out = {
+        "rollout/length_mean_tokens": float(rollouts.length_B.double().mean()),
+        "rollout/truncated_fraction": float((~rollouts.stopped_B).double().mean()),
+    }
+    reward_N = rollouts.reward_B[~rollouts.reward_B.isnan()]
+    if len(reward_N):
+        out["rollout/reward_mean_fraction"] = float(reward_N.double().mean())
+    if (repeated := repetition(rollouts.response_BT, rollouts.mask_BT)) is not None:
+        out["rollout/repetition_fraction"] = repeated
+    return out
+
+
+def repetition(ids_BT: Tensor, mask_BT: Tensor) -> float | None:
+    """The share of 4-grams that their rollout has seen before; None where no rollout has four tokens."""
+    whole_BG = mask_BT[:, 3:] & mask_BT[:, 2:-1] & mask_BT[:, 1:-2] & mask_BT[:, :-3]
+    if not bool(whole_BG.any()):
+        return None
+    two_BG = _numbered(ids_BT[:, :-1], ids_BT[:, 1:])
+    four_BG = _numbered(two_BG[:, :-2], two_BG[:, 2:])
+    row_B1 = torch.arange(len(ids_BT), device=ids_BT.device)[:, None]
+    kinds = _numbered(row_B1.expand_as(four_BG), four_BG)[whole_BG].unique().numel()
+    return 1 - kinds / int(whole_BG.sum())
+
+
+def _numbered(left: Tensor, right: Tensor) -> Tensor:
+    """A number for each pair, equal for equal pairs, and small, so that numbers can be paired again."""
+    return torch.unique(left.long() * (int(right.max()) + 1) + right.long(), return_inverse=True)[1]
