@@ -45,7 +45,8 @@ def jsd(logp_NV: Tensor, logq_NV: Tensor, beta: float) -> Tensor:
         return forward_kl(logp_NV, logq_NV)
     if beta == 1:
         return reverse_kl(logp_NV, logq_NV)
-    logm_NV = torch.logaddexp(logq_NV + math.log(beta), logp_NV + math.log(1 - beta))
+    finite_NV = logp_NV.clamp(min=torch.finfo(logp_NV.dtype).min)  # the gradient of logaddexp(-inf, -inf) is NaN
+    logm_NV = torch.logaddexp(logq_NV + math.log(beta), finite_NV + math.log(1 - beta))
     return beta * expectation(logq_NV, logq_NV - logm_NV) + (1 - beta) * expectation(logp_NV, logp_NV - logm_NV)
 
 
