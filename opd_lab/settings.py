@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PairSettings:
-    name: str
+    name: str | None  # None = made from the two paths
     student: ModelSettings
     teacher: ModelSettings
     device: str  # auto | cpu | cuda | cuda:0 ...
@@ -122,4 +123,5 @@ class RunSettings:
     checkpoint: CheckpointSettings
     diagnostics: DiagnosticsSettings
     tracking: TrackingSettings
-    method: dict[str, object] = field(default_factory=dict)  # `_target_` and the method's fields
+    method: dict[str, Any] = field(default_factory=dict)  # `_target_` and the method's fields
+    allow: list[str] = field(default_factory=list)  # packages from which `_target_` may come, beside opd_lab.methods

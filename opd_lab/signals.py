@@ -52,7 +52,7 @@ Scores = Mapping[Signal, Tensor]  # what a teacher without states says of N toke
 TeacherView = States | Scores
 
 
-class UndeclaredSignal(LookupError):
+class UndeclaredSignalError(LookupError):
     """A method read a signal that nobody was asked to compute."""
 
 
@@ -65,7 +65,7 @@ class Declared(Mapping[Signal, Any]):
     def __getitem__(self, signal: Signal) -> Any:
         if signal not in self._declared:
             have = ", ".join(sorted(map(str, self._declared))) or "nothing"
-            raise UndeclaredSignal(f"{signal} is not in {self._where} (declared: {have}); add it there to read it")
+            raise UndeclaredSignalError(f"{signal} is not in {self._where} (declared: {have}); add it there to read it")
         return self._signals[signal]
 
     def __iter__(self) -> Iterator[Signal]:
@@ -109,7 +109,9 @@ class Chunk(Mapping[Signal, Any]):
 
 def _present(logits_NV: Tensor | None, owner: str) -> Tensor:
     if logits_NV is None:
-        raise UndeclaredSignal(f"this needs the {owner}'s full next-token distribution, which is not available here")
+        raise UndeclaredSignalError(
+            f"this needs the {owner}'s full next-token distribution, which is not available here"
+        )
     return logits_NV
 
 
@@ -163,10 +165,8 @@ def reads_student(signal: Signal) -> bool:
 
 def teacher_must(signals: frozenset[Signal]) -> frozenset[str]:
     """What a teacher must be able to say for these signals: nothing, `sampled` log-probs, or `full` distributions."""
-    names = {s.name for s in signals} - _STUDENT_ALONE
-    return frozenset({"sampled"} & {"sampled" for n in names if n == "logp_teacher"}) | frozenset(
-        "full" for n in names if n != "logp_teacher"
-    )
+    names = {signal.name for signal in signals} - _STUDENT_ALONE
+    return frozenset("sampled" if name == "logp_teacher" else "full" for name in names)
 
 
 def _look(ids_N: Tensor, student: States | None, teacher: TeacherView | None, rows: slice | Tensor) -> Chunk:

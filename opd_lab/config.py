@@ -1,0 +1,177 @@
+"""YAML -> frozen dataclasses, once. Nothing below this file knows omegaconf or Hydra.
+
+Types and keys are checked here, the method's against its own dataclass; what a value must satisfy beyond its type is
+checked by `check` and by the method itself, all before the first token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from opd_lab.methods.base import Method
+from opd_lab.settings import RunSettings
+
+PACKAGE = Path(__file__).parent
+ROOT = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent  # a wheel carries conf/ and sweeps/ inside
+CONF, SWEEPS = ROOT / "conf", ROOT / "sweeps"
+
+
+class SweepsAreAGroup(SearchPathPlugin):
+    """Makes the folder `sweeps/` a config group, from any working directory."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("opd_lab", f"file://{ROOT}")
+
+
+def register() -> None:
+    """Tell Hydra about the package's own groups."""
+    if SweepsAreAGroup not in Plugins.instance().discover(SearchPathPlugin):
+        Plugins.instance().register(SweepsAreAGroup)
+
+
+def typed(cls: type[Any], values: Any, where: str) -> Any:
+    """An instance of a dataclass from a mapping, every key known and of the right type.
+
+    Raises:
+        ValueError: names the key, what was given, and the keys or the type allowed.
+    """
+    given = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(values), resolve=True))
+    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"{where}.{key} is not a key of {where}, which has {', '.join(known) or 'none'}{hint}")
+    if missing := [name for name in known if name not in given and _required(cls, name)]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}; a config file must list every key")
+    if absent := [name for name in known if given.get(name) == "???"]:
+        raise ValueError(f"{where}.{absent[0]} must be given: add {where}.{absent[0]}=... to the command")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), given))
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        got = OmegaConf.select(OmegaConf.create(given), key) if key else given
+        want = error.ref_type_str if error.ref_type_str not in (None, "Any") else ""
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{where}.{key} has the wrong type: {reason}, got {got!r} {want}".rstrip()) from None
+
+
+def _required(cls: type[Any], name: str) -> bool:
+    f = next(f for f in dataclasses.fields(cls) if f.name == name)
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def method_of(values: dict[str, Any], allow: list[str]) -> Method:
+    """The method that `_target_` names, from our own package or one that the command line allowed.
+
+    Raises:
+        ValueError: a target from elsewhere, an unknown class, or fields the class refuses.
+    """
+    target = str(values.get("_target_", ""))
+    module, _, name = target.rpartition(".")
+    packages = ["opd_lab.methods", *allow]
+    if not any(module == package or module.startswith(package + ".") for package in packages):
+        raise ValueError(
+            f"method._target_ must lie in {' or '.join(packages)}, got {target or 'nothing'}; "
+            f"for a package of your own add allow=[{module.split('.')[0] or 'PACKAGE'}]"
+        )
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"method._target_={target} cannot be imported: {error}") from None
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise ValueError(f"method._target_={target} must be a subclass of opd_lab.methods.base.Method")
+    return typed(cls, {key: value for key, value in values.items() if key != "_target_"}, "method")
+
+
+def settings_of(cfg: DictConfig) -> RunSettings:
+    """The settings of a run from its composed config."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ValueError(f"{missing[0]} must be given: add {missing[0]}=... to the command")
+    values = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    for group in ("hydra", "experiment", "sweeps", "sweep"):
+        values.pop(group, None)
+    settings = typed(RunSettings, values, "config")
+    check(settings)
+    return settings
+
+
+def check(s: RunSettings) -> None:
+    """Refuse values that no run can have; each message says what, got and allowed."""
+    for name, value, low in (
+        ("steps", s.steps, 0),
+        ("rollout.prompts", s.rollout.prompts, 1),
+        ("rollout.per_prompt", s.rollout.per_prompt, 1),
+        ("rollout.max_tokens", s.rollout.max_tokens, 1),
+        ("rollout.decode_rows", s.rollout.decode_rows, 1),
+        ("rollout.top_k", s.rollout.top_k, 0),
+        ("optim.micro_batch", s.optim.micro_batch, 1),
+        ("optim.updates_per_rollout", s.optim.updates_per_rollout, 1),
+        ("optim.chunk_tokens", s.optim.chunk_tokens, 1),
+        ("optim.warmup_steps", s.optim.warmup_steps, 0),
+        ("optim.lr", s.optim.lr, 0),
+        ("evaluate.every", s.evaluate.every, 0),
+        ("evaluate.samples", s.evaluate.samples, 1),
+        ("evaluate.test_samples", s.evaluate.test_samples, 1),
+        ("evaluate.max_tokens", s.evaluate.max_tokens, 1),
+        ("checkpoint.every", s.checkpoint.every, 0),
+        ("checkpoint.keep_last", s.checkpoint.keep_last, 1),
+        ("diagnostics.every", s.diagnostics.every, 1),
+    ):
+        if value < low:
+            raise ValueError(f"{name} must be >= {low}, got {value}")
+    for name, value in (
+        ("rollout.temperature", s.rollout.temperature),
+        ("evaluate.temperature", s.evaluate.temperature),
+    ):
+        if not value > 0:
+            raise ValueError(f"{name} must be > 0, got {value}; for nearly greedy text use top_k=1")
+    for name, value in (
+        ("rollout.top_p", s.rollout.top_p),
+        ("evaluate.top_p", s.evaluate.top_p),
+        ("diagnostics.high_loss_quantile", s.diagnostics.high_loss_quantile),
+    ):
+        if not 0 < value <= 1:
+            raise ValueError(f"{name} must be in (0, 1], got {value}")
+    for name, value, allowed in (
+        ("rollout.engine", s.rollout.engine, ("torch",)),
+        ("optim.schedule", s.optim.schedule, ("constant", "linear", "cosine")),
+        ("checkpoint.resume", s.checkpoint.resume, ("auto", "never")),
+        ("data.kind", s.data.kind, ("arithmetic", "file")),
+        ("data.grader", s.data.grader, ("exact", "math_verify", "none")),
+        ("model.student.dtype", s.model.student.dtype, ("float32", "bfloat16", "float16")),
+        ("model.teacher.dtype", s.model.teacher.dtype, ("float32", "bfloat16", "float16")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value}")
+
+
+def digest(settings: RunSettings) -> str:
+    """Eight hex digits of everything that decides a run's result: a changed config is another run."""
+    values = dataclasses.asdict(settings)
+    for group in ("tracking", "checkpoint", "objective", "threads"):
+        values.pop(group)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as dotted keys: what MLflow shows as params."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    items: dict[str, Any] = {}
+    for key, value in values.items():
+        items |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return items

@@ -1,0 +1,171 @@
+"""One step in two halves: what is known of the whole batch without gradient, and the gradient, in micro-batches.
+
+The trainer, `doctor` and the contract tests all come through here, so there is one denominator in the code base:
+`kept`, counted over the whole step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from opd_lab.methods.base import Ask, Method
+from opd_lab.signals import Declared, States, TeacherView, measure, objective, reads_student, teacher_must
+from opd_lab.types import (
+    ENTROPY_STUDENT,
+    LOGP_OLD,
+    LOGP_STUDENT,
+    Batch,
+    Rollouts,
+    Signal,
+    State,
+    Tokens,
+    scatter,
+)
+
+FREE = {LOGP_STUDENT: "logp_BT", ENTROPY_STUDENT: "entropy_BT"}  # what the rollouts carry anyway
+
+
+class Scorer(Ask, Protocol):
+    """A teacher, as the step sees it."""
+
+    name: str
+    provides: frozenset[str]
+
+    def view(self, rollouts: Rollouts) -> TeacherView:
+        """What it says of the generated tokens, in the order of `rollouts.mask_BT`."""
+        ...
+
+
+StatesOf = Callable[[Rollouts], States]
+
+
+def micro_batches(rows: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def whole_batch(
+    method: Method,
+    rollouts: Rollouts,
+    student: StatesOf,
+    teacher: Scorer,
+    *,
+    state: State,
+    step: int,
+    seed: int,
+    micro_batch: int,
+    chunk: int,
+) -> tuple[Batch, list[TeacherView]]:
+    """Everything that exists before the first gradient: the teacher's view of each micro-batch, and the signals that
+    the method declared for the whole batch, computed only where the rollouts do not carry them."""
+    wanted = method.needs().batch
+    ask_for = frozenset(wanted - FREE.keys())
+    signals = {s: getattr(rollouts, FREE[s]) for s in wanted & FREE.keys()}
+    parts: dict[Signal, list[Tensor]] = {signal: [] for signal in ask_for}
+    views: list[TeacherView] = []
+    with_student = any(reads_student(signal) for signal in ask_for)
+    with_teacher = bool(teacher_must(ask_for | method.needs().tokens)) or bool(teacher.provides & {"full", "sampled"})
+    with torch.no_grad():
+        for rows in micro_batches(len(rollouts), micro_batch):
+            part = rollouts.rows(rows)
+            views.append(teacher.view(part) if with_teacher else {})
+            if ask_for:
+                states = student(part) if with_student else None
+                seen = measure(ask_for, part.response_BT[part.mask_BT], states, views[-1], chunk=chunk)
+                for signal, value_N in seen.items():
+                    parts[signal].append(value_N)
+        signals |= {signal: scatter(torch.cat(values), rollouts.mask_BT) for signal, values in parts.items()}
+        declared = Declared(signals, wanted, f"needs().batch of {type(method).__name__}")
+        batch = Batch(rollouts, declared, {}, state, step, seed)
+        return replace(batch, consulted=method.consult(teacher, batch)), views
+
+
+def tokens_of(batch: Batch, rows: slice, old: Mapping[Signal, Tensor] | None = None) -> Tokens:
+    """The generated tokens of some rollouts, in the order of their mask."""
+    part = batch.rollouts.rows(rows)
+    mask_BT = part.mask_BT
+    row_BT = torch.arange(len(batch.rollouts), device=mask_BT.device)[rows][:, None].expand_as(mask_BT)
+    position_BT = torch.arange(mask_BT.shape[1], device=mask_BT.device).expand_as(mask_BT)
+    return Tokens(
+        ids_N=part.response_BT[mask_BT],
+        row_N=row_BT[mask_BT],
+        position_N=position_BT[mask_BT],
+        source_N=part.source_BT[mask_BT],
+        behavior_logp_N=part.behavior_logp_BT[mask_BT],
+        signals={signal: value_BT[rows][mask_BT] for signal, value_BT in (old or {}).items()},
+        consulted={name: _per_token(value[rows], mask_BT) for name, value in batch.consulted.items()},
+        step=batch.step,
+    )
+
+
+def _per_token(value: Tensor, mask_BT: Tensor) -> Tensor:
+    value_BT = value[:, None].expand(mask_BT.shape) if value.dim() == 1 else value
+    return value_BT[mask_BT]
+
+
+@dataclass(slots=True)
+class Gradient:
+    """What one gradient computation left behind. Per-token entries have shape BT, NaN where there is nothing."""
+
+    values: dict[str, float] = field(default_factory=dict)  # per term, its share of the objective
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    signals: dict[Signal, Tensor] = field(default_factory=dict)
+
+    @property
+    def objective(self) -> float:
+        return sum(self.values.values())
+
+
+def accumulate_gradient(
+    method: Method,
+    batch: Batch,
+    weights: Mapping[str, Tensor],
+    student: StatesOf,
+    views: list[TeacherView],
+    *,
+    micro_batch: int,
+    chunk: int,
+    record: frozenset[Signal] = frozenset(),
+    old: Mapping[Signal, Tensor] | None = None,
+) -> Gradient:
+    """Add the gradient of the step's objective to the student's parameters, one micro-batch after the other.
+
+    `old` holds `LOGP_OLD` from the second update on the same rollouts on.
+    """
+    mask_BT = batch.rollouts.mask_BT
+    kept = {term: int((weight_BT != 0).sum()) for term, weight_BT in weights.items()}
+    out = Gradient(values=dict.fromkeys(weights, 0.0))
+    losses: dict[str, list[Tensor]] = {}
+    signals: dict[Signal, list[Tensor]] = {}
+    for rows, view in zip(micro_batches(len(batch.rollouts), micro_batch), views, strict=True):
+        tokens = tokens_of(batch, rows, old)
+        value, seen = objective(
+            method.losses,
+            tokens,
+            method.needs().tokens,
+            {term: weight_BT[rows][mask_BT[rows]] for term, weight_BT in weights.items()},
+            kept,
+            student(batch.rollouts.rows(rows)),
+            view,
+            chunk=chunk,
+            record=record,
+        )
+        if value.requires_grad:
+            value.backward()
+        for term, share in seen.values.items():
+            out.values[term] += share
+        size = len(tokens.ids_N)
+        for signal in record:
+            signals.setdefault(signal, []).append(seen.signals.get(signal, tokens.behavior_logp_N.new_empty(size)))
+        for term in weights:
+            missing_N = torch.full((size,), torch.nan, device=mask_BT.device)
+            losses.setdefault(term, []).append(seen.losses.get(term, missing_N).to(missing_N.dtype))
+    out.signals = {signal: scatter(torch.cat(parts), mask_BT) for signal, parts in signals.items()}
+    out.losses = {term: scatter(torch.cat(parts), mask_BT) for term, parts in losses.items()}
+    if LOGP_STUDENT in out.signals:
+        out.signals[LOGP_OLD] = out.signals[LOGP_STUDENT]
+    return out
