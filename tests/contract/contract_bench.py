@@ -1,0 +1,133 @@
+"""A batch that any method can be tried on: a real student and a real teacher in
+miniature (linear bodies over random features), so that every signal exists, with gradient where it should."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from opd_lab.config import CONF, method_of
+from opd_lab.methods.base import Method
+from opd_lab.signals import Head, States
+from opd_lab.step import Gradient, accumulate_gradient, whole_batch
+from opd_lab.types import Behavior, Facts, Rollouts, Source
+
+YAMLS = sorted((CONF / "method").glob("*.yaml"))
+V, H = 13, 6
+LENGTHS = (5, 3, 4, 5, 2, 1, 4, 0)
+REWARDS = (1.0, 0, 1, 0, 0, 1, 0, 0)
+GROUPS = (0, 0, 0, 1, 1, 1, 1, 1)
+
+
+@dataclass
+class Bench:
+    """A method on a small step, in float64. `run` gives the gradient the trainer would use."""
+
+    method: Method
+    rollouts: Rollouts
+    weight_VH: Tensor  # the student's only parameter
+    features: Callable[[Rollouts], Tensor]  # NH, what the student's body would give
+    teacher: Teacher
+
+    def student(self, rollouts: Rollouts) -> States:
+        return States(self.features(rollouts), Head(self.weight_VH))
+
+    def batch(self, micro_batch: int = 100) -> tuple[Any, list[Any]]:
+        return whole_batch(
+            self.method, self.rollouts, self.student, self.teacher,
+            state=self.method.init_state(), step=3, seed=0, micro_batch=micro_batch, chunk=4,
+        )  # fmt: skip
+
+    def run(self, micro_batch: int = 100, chunk: int = 4) -> tuple[Gradient, Tensor]:
+        self.weight_VH.grad = None
+        batch, views = self.batch(micro_batch)
+        weights = self.method.weights(batch)
+        found = accumulate_gradient(
+            self.method, batch, weights, self.student, views, micro_batch=micro_batch, chunk=chunk
+        )
+        grad_VH = self.weight_VH.grad
+        return found, torch.zeros_like(self.weight_VH) if grad_VH is None else grad_VH.clone()
+
+    def but(self, **changes: Any) -> Bench:
+        return replace(self, **changes)
+
+    def with_fields(self, fields: Mapping[str, Any]) -> Bench:
+        return replace(self, method=dataclasses.replace(self.method, **fields))
+
+
+@dataclass
+class Teacher:
+    features: Callable[[Rollouts], Tensor]
+    weight_VH: Tensor
+    name: str = "local"
+    provides: frozenset[str] = frozenset({"sampled", "topk", "full", "hidden", "text"})
+
+    def view(self, rollouts: Rollouts) -> States:
+        return States(self.features(rollouts), Head(self.weight_VH))
+
+    def continue_(self, rollouts: Rollouts, cuts_B: Tensor, *, samples: int, max_tokens: int) -> list[list[str]]:
+        return [[f"text {i}" for i in range(samples)] for _ in range(len(rollouts))]
+
+
+def features(seed: int) -> Callable[[Rollouts], Tensor]:
+    """A body: one random feature vector per (rollout, position), the same whatever the padding or the order."""
+
+    def of(rollouts: Rollouts) -> Tensor:
+        rows = []
+        for uid, mask_T in zip(rollouts.uid_B.tolist(), rollouts.mask_BT):
+            generator = torch.Generator().manual_seed(1000 * seed + uid)
+            table = torch.randn(16, H, generator=generator, dtype=torch.float64)
+            rows.append(table[: int(mask_T.sum())])
+        return torch.cat(rows)
+
+    return of
+
+
+def small_rollouts(weight_VH: Tensor) -> Rollouts:
+    generator = torch.Generator().manual_seed(7)
+    B, P, T = len(LENGTHS), 3, max(LENGTHS)
+    length_B1 = torch.tensor(LENGTHS)[:, None]
+    mask_BT = torch.arange(T) < length_B1
+    response_BT = torch.randint(V, (B, T), generator=generator)
+    empty_BT = torch.full((B, T), torch.nan, dtype=torch.float64)
+    rollouts = Rollouts(
+        ids_BL=torch.cat([torch.randint(V, (B, P), generator=generator), response_BT], 1),
+        attention_BL=torch.cat([torch.ones(B, P, dtype=torch.bool), mask_BT], 1),
+        source_BT=torch.where(mask_BT, int(Source.STUDENT), int(Source.PADDING)).to(torch.int8),
+        behavior_logp_BT=empty_BT, logp_BT=empty_BT, entropy_BT=empty_BT,
+        stopped_B=torch.tensor([True, True, False, True, True, True, True, True]),
+        uid_B=torch.arange(B) + 40,
+        group_B=torch.tensor(GROUPS),
+        reward_B=torch.tensor(REWARDS, dtype=torch.float64),
+    )  # fmt: skip
+    logp_NV = (features(1)(rollouts) @ weight_VH.detach().T).log_softmax(-1)
+    logp_BT, entropy_BT = empty_BT.clone(), empty_BT.clone()
+    logp_BT[mask_BT] = logp_NV.gather(-1, response_BT[mask_BT][:, None])[:, 0]
+    entropy_BT[mask_BT] = -(logp_NV.exp() * logp_NV).sum(-1)
+    return replace(rollouts, behavior_logp_BT=logp_BT, logp_BT=logp_BT, entropy_BT=entropy_BT)
+
+
+def small_bench(method: Method) -> Bench:
+    generator = torch.Generator().manual_seed(3)
+    weight_VH = torch.randn(V, H, generator=generator, dtype=torch.float64).requires_grad_()
+    other_VH = torch.randn(V, H, generator=generator, dtype=torch.float64)
+    return Bench(method, small_rollouts(weight_VH), weight_VH, features(1), Teacher(features(2), other_VH))
+
+
+FACTS = Facts(
+    steps=10, behavior=Behavior(), max_tokens=48, per_prompt=4, updates_per_rollout=1, vocabulary=V, graded=True,
+    data="lab", teacher="local", engine="torch",
+)  # fmt: skip
+
+
+def method_in(path: Path) -> Method:
+    """The method of a YAML file, under the settings of a short run."""
+    run = OmegaConf.create({"steps": 10, "rollout": {"max_tokens": 48}, "method": OmegaConf.load(path)})
+    return method_of(OmegaConf.to_container(run, resolve=True)["method"], [])  # type: ignore[index,call-overload]
