@@ -1,0 +1,62 @@
+"""A teacher in this process: it can say everything. Scores are hidden states and a head, never logits of a sequence."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opd_lab.models import LM, evaluating
+from opd_lab.rollout.torch_engine import TorchEngine
+from opd_lab.signals import States
+from opd_lab.types import Behavior, Rollouts
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTeacher:
+    lm: LM
+    seed: int = 0  # of its continuations
+    decode_rows: int = 64  # continuations decoded together
+    name: str = "local"
+    provides: frozenset[str] = frozenset({"sampled", "topk", "full", "hidden", "text"})
+
+    def view(self, rollouts: Rollouts) -> States:
+        """The states that predict the generated tokens, in row-major order of `mask_BT`, without gradient."""
+        with torch.no_grad(), evaluating(self.lm.module):
+            return self.lm.states(rollouts)
+
+    def continue_(self, rollouts: Rollouts, cuts_B: Tensor, *, samples: int, max_tokens: int) -> list[list[str]]:
+        """`samples` texts per rollout from before token `cuts_B[b]`, at temperature 1. What a rollout draws depends on
+        its uid, its cut and the seed alone: neither on its neighbours nor on what was asked before."""
+        prefixes = _prefixes(rollouts, cuts_B)
+        generators = [
+            _generator(self.seed, *pair) for pair in zip(rollouts.uid_B.tolist(), cuts_B.tolist(), strict=True)
+        ]
+        uniform_BT = torch.cat(
+            [torch.rand((samples, max_tokens), generator=g, dtype=torch.float64) for g in generators]
+        )
+        engine = TorchEngine(max_tokens=max_tokens, decode_rows=self.decode_rows)
+        answers = engine.decode(
+            self.lm,
+            [prefix for prefix in prefixes for _ in range(samples)],
+            behavior=Behavior(),
+            group_B=rollouts.group_B.repeat_interleave(samples),
+            uid_B=rollouts.uid_B.repeat_interleave(samples),
+            uniform_BT=uniform_BT,
+        )
+        texts = self.lm.texts(answers)
+        return [texts[begin : begin + samples] for begin in range(0, len(texts), samples)]
+
+
+def _prefixes(rollouts: Rollouts, cuts_B: Tensor) -> list[list[int]]:
+    """Prompt and the response before the cut, as ids without padding."""
+    ends = (rollouts.prompt_columns + cuts_B).tolist()
+    rows = zip(rollouts.ids_BL, rollouts.attention_BL, ends, strict=True)
+    return [ids_L[:end][real_L[:end]].tolist() for ids_L, real_L, end in rows]
+
+
+def _generator(seed: int, uid: int, cut: int) -> torch.Generator:
+    digest = hashlib.sha256(f"continue {seed} {uid} {cut}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
