@@ -61,21 +61,15 @@ def topk_kl(on: TopK, *, direction: str, tail: str) -> Tensor:
     logq_NK = on.logp_teacher_NK.masked_fill(~on.inside_NK, -math.inf)
     if tail == "renormalise":
         logp_NK, logq_NK = _renormalise(logp_NK), _renormalise(logq_NK)
-    elif tail == "bucket" and not on.complete:
-        logp_NK = torch.cat([logp_NK, _log_rest(logp_NK)], -1)
-        logq_NK = torch.cat([logq_NK, _log_rest(logq_NK)], -1)
+    elif tail == "bucket":
+        logp_NK = torch.cat([logp_NK, on.log_rest_student_N1], -1)
+        logq_NK = torch.cat([logq_NK, on.log_rest_teacher_N1], -1)
     return reverse_kl(logp_NK, logq_NK) if direction == "reverse" else forward_kl(logp_NK, logq_NK)
 
 
 def _renormalise(logp_NK: Tensor) -> Tensor:
     total_N1 = logp_NK.logsumexp(-1, keepdim=True)
     return logp_NK - total_N1.masked_fill(total_N1.isneginf(), 0.0)  # an empty support stays empty
-
-
-def _log_rest(logp_NK: Tensor) -> Tensor:
-    """log(1 - sum_S p), in log space; the sum is kept below 1, where rounding would leave no rest at all."""
-    inside_N1 = logp_NK.exp().sum(-1, keepdim=True)
-    return torch.log1p(-inside_N1.clamp(max=1 - torch.finfo(logp_NK.dtype).eps))
 
 
 def k1(gap_N: Tensor) -> Tensor:

@@ -119,26 +119,37 @@ def _sampled(logp_NV: Tensor, ids_N: Tensor) -> Tensor:
     return logp_NV.gather(-1, ids_N[:, None])[:, 0]
 
 
-def _topk(c: Chunk, k: int, support: str) -> TopK:
+def _support(c: Chunk, k: int, support: str) -> tuple[Tensor, Tensor]:
+    """Token ids [N, K], and which of them count."""
     k = min(k, c.logp_NV.shape[-1])
     if support in ("student", "teacher"):
         ids_NK = (c.logp_NV if support == "student" else c.logq_NV).detach().topk(k).indices
-        inside_NK = torch.ones_like(ids_NK, dtype=torch.bool)
-    else:
-        student_NK, teacher_NK = c.logp_NV.detach().topk(k).indices, c.logq_NV.topk(k).indices
-        shared_NK = (teacher_NK[:, :, None] == student_NK[:, None, :]).any(-1)
-        if support == "intersection":
-            ids_NK, inside_NK = teacher_NK, shared_NK
-        else:  # union: the student's, then those of the teacher's that are new
-            ids_NK = torch.cat([student_NK, teacher_NK], -1)
-            inside_NK = torch.cat([torch.ones_like(shared_NK), ~shared_NK], -1)
-    complete = k == c.logp_NV.shape[-1]
-    return TopK(c.logp_NV.gather(-1, ids_NK), c.logq_NV.gather(-1, ids_NK), inside_NK, ids_NK, complete)
+        return ids_NK, torch.ones_like(ids_NK, dtype=torch.bool)
+    student_NK, teacher_NK = c.logp_NV.detach().topk(k).indices, c.logq_NV.topk(k).indices
+    shared_NK = (teacher_NK[:, :, None] == student_NK[:, None, :]).any(-1)
+    if support == "intersection":
+        return teacher_NK, shared_NK
+    # union: the student's, then those of the teacher's that are new
+    return torch.cat([student_NK, teacher_NK], -1), torch.cat([torch.ones_like(shared_NK), ~shared_NK], -1)
+
+
+def _topk(c: Chunk, k: int, support: str) -> TopK:
+    ids_NK, inside_NK = _support(c, k, support)
+    inside_NV = torch.zeros_like(c.logp_NV).scatter_add(-1, ids_NK, inside_NK.to(c.logp_NV.dtype)) > 0
+    rests_N1 = (_log_mass(c.logp_NV, ~inside_NV), _log_mass(c.logq_NV, ~inside_NV))
+    return TopK(c.logp_NV.gather(-1, ids_NK), c.logq_NV.gather(-1, ids_NK), inside_NK, ids_NK, *rests_N1)
+
+
+def _log_mass(logp_NV: Tensor, where_NV: Tensor) -> Tensor:
+    """log sum p, [N, 1]. Added up, for 1 - sum drowns in rounding, with its gradient, once a model is confident."""
+    logp_NV = logp_NV.masked_fill(~where_NV, -torch.inf)
+    none_N1 = logp_NV.isneginf().all(-1, keepdim=True)
+    return logp_NV.masked_fill(none_N1, 0.0).logsumexp(-1, keepdim=True).masked_fill(none_N1, -torch.inf)
 
 
 def _overlap(c: Chunk, k: int) -> Tensor:
-    on = c[Signal("topk", (("k", k), ("support", "intersection")))]
-    return on.inside_NK.double().mean(-1).to(c.logp_NV.dtype)
+    _, shared_NK = _support(c, k, "intersection")
+    return shared_NK.double().mean(-1).to(c.logp_NV.dtype)
 
 
 COMPUTE: dict[str, Callable[..., Any]] = {

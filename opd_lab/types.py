@@ -114,7 +114,8 @@ class TopK(NamedTuple):
     logp_teacher_NK: Tensor
     inside_NK: Tensor
     ids_NK: Tensor
-    complete: bool  # the support is the whole vocabulary: nothing is left over
+    log_rest_student_N1: Tensor  # log of the mass outside the support; -inf where nothing is left over
+    log_rest_teacher_N1: Tensor
 
 
 @dataclass(frozen=True, slots=True)
