@@ -16,10 +16,13 @@ from typing import Protocol
 import torch
 
 from opd_lab.models import LM, evaluating
-from opd_lab.rollout.base import Engine
+from opd_lab.rollout.torch_engine import TorchEngine
 from opd_lab.signals import measure
-from opd_lab.teacher.base import Teacher
+from opd_lab.step import Scorer
 from opd_lab.types import REVERSE_KL, Behavior, Rollouts
+
+
+WANTED = frozenset({REVERSE_KL})
 
 
 class Example(Protocol):
@@ -72,8 +75,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def evaluate(
     student: LM,
-    teacher: Teacher | None,
-    engine: Engine,
+    teacher: Scorer | None,
+    engine: TorchEngine,
     examples: Sequence[Example],
     grade: Callable[[str, str], float] | None,
     *,
@@ -96,7 +99,6 @@ def evaluate(
     texts = student.texts(rollouts)
     answers = [texts[begin : begin + samples] for begin in range(0, len(texts), samples)]
     graded = [(e.id, e.answer, a) for e, a in zip(examples, answers, strict=True) if grade and e.answer is not None]
-    scored = teacher is not None and "full" in teacher.provides
     return Evaluation(
         ids=[name for name, _, _ in graded],
         n=samples,
@@ -104,20 +106,20 @@ def evaluate(
         length_mean_tokens=float(rollouts.length_B.double().mean()),
         truncated_fraction=1.0 - float(rollouts.stopped_B.double().mean()),
         distinct_fraction=fmean(len(set(many)) / samples for many in answers),
-        reverse_kl_mean_nats=_reverse_kl(student, teacher, rollouts, chunk, micro_batch)
-        if scored and teacher
-        else None,
+        reverse_kl_mean_nats=_reverse_kl(student, teacher, rollouts, chunk, micro_batch),
     )
 
 
 @torch.no_grad()
-def _reverse_kl(student: LM, teacher: Teacher, rollouts: Rollouts, chunk: int, micro_batch: int) -> float:
+def _reverse_kl(student: LM, teacher: Scorer | None, rollouts: Rollouts, chunk: int, micro_batch: int) -> float | None:
     """Mean over the generated tokens. Rollouts of similar length are scored together, which saves their padding."""
+    if teacher is None or "full" not in teacher.provides:
+        return None
     total, order_B = 0.0, rollouts.length_B.argsort(stable=True)
     with evaluating(student.module):
         for index in order_B.split(micro_batch):
             rows = rollouts.rows(index)
-            ids_N, wanted = rows.response_BT[rows.mask_BT], frozenset({REVERSE_KL})
-            seen = measure(wanted, ids_N, student.states(rows), teacher.view(rows), chunk=chunk)
+            ids_N = rows.response_BT[rows.mask_BT]
+            seen = measure(WANTED, ids_N, student.states(rows), teacher.view(rows), chunk=chunk)
             total += float(seen[REVERSE_KL].double().sum())
     return total / int(rollouts.length_B.sum())

@@ -9,7 +9,7 @@ from safetensors only.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,20 +124,24 @@ def load(settings: ModelSettings, *, device: str, name: str) -> LM:
     """The model at `settings.path`: `lab:student`, a local folder, or an id of the Hugging Face hub."""
     if settings.dtype not in DTYPES:
         raise ValueError(f"model.{name}.dtype must be one of {', '.join(DTYPES)}, got {settings.dtype}")
-    source = _source(settings.path, name)
+    source, trust = _source(settings.path, name), settings.trust_remote_code
+    dtype = getattr(torch, settings.dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=settings.trust_remote_code)
-        module: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=getattr(torch, settings.dtype),
-            use_safetensors=True,
-            trust_remote_code=settings.trust_remote_code,
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=trust, output_loading_info=True
         )
     except OSError as error:
         raise ValueError(
             f"model.{name}.path = {settings.path} cannot be loaded: {error} It must hold config.json, a tokenizer and "
             "weights as *.safetensors; other weight files are not read, convert them with save_pretrained"
         ) from error
+    module, found = loaded
+    if found["missing_keys"]:
+        raise ValueError(
+            f"model.{name}.path = {settings.path} lacks weights of {type(module).__name__}, which would be random: "
+            f"{', '.join(sorted(found['missing_keys'])[:3])} ...; choose a complete checkpoint of a causal language model"
+        )
     return wrap(module.to(resolve(device)), tokenizer, name=name, path=settings.path)
 
 
@@ -196,17 +200,18 @@ def _source(path: str, name: str) -> str:
 def _with_measured_head(lm: LM) -> LM:
     """The scale of the logits has several names and directions among architectures: take the one that is right."""
     config: Any = lm.module.config.get_text_config()
-    multiply = [getattr(config, n, None) for n in ("logit_scale", "logits_scaling", "lm_head_multiplier")]
-    scales = [1.0, *(float(s) for s in multiply if s), *(1 / s for s in multiply[1:2] if s)]
+    scale, divisor, multiplier = (
+        getattr(config, n, 1.0) for n in ("logit_scale", "logits_scaling", "lm_head_multiplier")
+    )
     softcap = getattr(config, "final_logit_softcapping", None)
-    ids_BL = torch.arange(min(8, lm.vocabulary), device=lm.device)[None]
-    if ids_BL.numel():
+    if lm.vocabulary:
+        ids_BL = torch.arange(min(8, lm.vocabulary), device=lm.device)[None]
         with evaluating(lm.module):
             hidden_NH = lm.body(input_ids=ids_BL, use_cache=False).last_hidden_state[0]
             logits_NV = lm.module(input_ids=ids_BL, use_cache=False).logits[0].float()
-        tolerance = (1e-4 if hidden_NH.dtype == torch.float32 else 2e-2) * (1.0 + float(logits_NV.abs().max()))
-        for scale in scales:
-            candidate = replace(lm, scale=scale, softcap=softcap)
+        tolerance = (1e-4 if hidden_NH.dtype == torch.float32 else 2e-2) * float(logits_NV.abs().max()) + 1e-6
+        for factor in (1.0, scale, 1 / divisor, divisor, multiplier):
+            candidate = replace(lm, scale=float(factor), softcap=softcap)
             ours_NV = candidate.head.logits(hidden_NH)
             if ours_NV.shape == logits_NV.shape and float((ours_NV - logits_NV).abs().max()) <= tolerance:
                 return candidate
@@ -215,56 +220,3 @@ def _with_measured_head(lm: LM) -> LM:
         "softcap(scale * (W h + bias)) of the last hidden state with the scale and soft cap that its config names; "
         "choose another model, or teach `opd_lab.models` this head"
     )
-
-
-def match(student: LM, teacher: LM, stop_ids: list[int] | None) -> tuple[LM, LM, list[str]]:
-    """Both models over the same ids, stopping at the same ids, and notes of what that took."""
-    _same_tokenizer(student, teacher)
-    notes = []
-    templates = [str(lm.tokenizer.chat_template or "") for lm in (student, teacher)]
-    if templates[0] != templates[1]:
-        was = [hashlib.sha256(text.encode()).hexdigest()[:8] if text else "none" for text in templates]
-        notes.append(
-            f"chat templates differ (student {was[0]}, teacher {was[1]}): both models read the student's prompts"
-        )
-    if student.vocabulary != teacher.vocabulary:
-        shared = tokenizer_size(student.tokenizer)
-        notes.append(
-            f"logits have {student.vocabulary} columns (student) and {teacher.vocabulary} (teacher): "
-            f"both are cut to the {shared} ids of the shared tokenizer, the rest is padding"
-        )
-        student, teacher = replace(student, vocabulary=shared), replace(teacher, vocabulary=shared)
-    if stop_ids is not None:
-        if not stop_ids or min(stop_ids) < 0 or max(stop_ids) >= student.vocabulary:
-            raise ValueError(f"model.stop_ids must name ids below {student.vocabulary}, at least one, got {stop_ids}")
-        student, teacher = (replace(lm, stop_ids=frozenset(stop_ids)) for lm in (student, teacher))
-    elif student.stop_ids != teacher.stop_ids or not student.stop_ids:
-        shown = {lm.name: _spelled(lm, lm.stop_ids) for lm in (student, teacher)}
-        raise ValueError(
-            f"student and teacher must end a response at the same ids, at least one, got {shown}; the teacher would be "
-            "asked about an end it does not know. Set model.stop_ids to the ids that end a response"
-        )
-    return student, teacher, notes
-
-
-def _same_tokenizer(student: LM, teacher: LM) -> None:
-    ours, theirs = (lm.tokenizer.get_vocab() for lm in (student, teacher))
-    ours, theirs = ({i: token for token, i in vocab.items()} for vocab in (ours, theirs))
-    differ = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
-    if differ:
-        first = "; ".join(f"id {i}: {ours.get(i)!r} and {theirs.get(i)!r}" for i in differ[:3])
-        raise ValueError(
-            f"student and teacher must share one tokenizer, got {len(differ)} ids that differ ({first}); "
-            "choose two models of one family, or a method that asks the teacher for text alone"
-        )
-    roles = {getattr(lm.tokenizer, f"{role}_token_id") for lm in (student, teacher) for role in ("eos", "pad")}
-    special = set(student.tokenizer.all_special_ids) ^ set(teacher.tokenizer.all_special_ids)
-    if special - roles:  # which special token ends or pads is another question
-        raise ValueError(
-            f"student and teacher must agree on special tokens, got these only in one: "
-            f"{_spelled(student, special - roles)}; make the tokenizer files equal"
-        )
-
-
-def _spelled(lm: LM, ids: Iterable[int]) -> str:
-    return ", ".join(f"{i} = {lm.tokenizer.convert_ids_to_tokens(i)}" for i in sorted(ids)) or "none"

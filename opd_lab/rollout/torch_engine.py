@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opd_lab import divergence as d
-from opd_lab.models import LM, evaluating
+from opd_lab.models import LM, evaluating, positions
 from opd_lab.rollout.torch_cache import PreallocatedCache, attention_layers
 from opd_lab.types import Behavior, Rollouts, Source
 
@@ -96,7 +96,7 @@ def _decode(
     ids_RL, attention_RP = _left_padded(prompts, lm.pad_id, lm.device)
     attention_RL = torch.ones((len(prompts), longest + limit), dtype=torch.bool, device=lm.device)
     attention_RL[:, :longest] = attention_RP
-    position_RL = (attention_RP.long().cumsum(1) - 1).clamp_min(0)
+    position_RL = positions(attention_RP)
     cache = PreallocatedCache(attention_layers(lm.module.config), longest + limit)
     head, body = lm.head, lm.body
     stop_S = torch.tensor(sorted(lm.stop_ids), dtype=torch.long, device=lm.device)

@@ -14,7 +14,7 @@ from opd_lab.signals import States
 from opd_lab.types import Behavior, Rollouts
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LocalTeacher:
     lm: LM
     seed: int = 0  # of its continuations
