@@ -47,7 +47,7 @@ class HighLoss:
         self._steps, self._windows = 0, 0  # steps in the open window, closed windows
 
     def add(self, batch: Batch) -> None:
-        """Count the generated tokens of a step; a teacher without a full distribution gives no KL, so nothing to count."""
+        """Count the generated tokens of a step; without a full teacher distribution there is no KL to count."""
         if REVERSE_KL not in batch.signals:
             return
         kl_BT = batch[REVERSE_KL].detach().double().cpu()

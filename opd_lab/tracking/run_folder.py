@@ -1,0 +1,190 @@
+"""The run folder: everything a run leaves behind, as plain files that outlive any service.
+
+    config.yaml  environment.txt  code.diff   what was run
+    status.json                               name, status, params, tags; rewritten as they change
+    journal.jsonl                             the scalars, one line per report, as they come
+    segments/<table>/<step>-<n>.parquet       histograms and tables, as they come
+    metrics.parquet  timing.parquet           the journal's rows (step, name, value), at the end
+    <table>.parquet                           the segments, merged at the end
+
+What a clock or an allocator says (`time/*`, `memory/*`, `*_per_second`) has its own file, timing.parquet, so that two
+runs of one seed have the same metrics.parquet byte for byte. A resumed run drops what it will log again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from opd_lab.tracking.origin import code_diff, commit, environment
+from opd_lab.tracking.tracker import RunInfo
+from opd_lab.types import Report
+
+
+def volatile(name: str) -> bool:
+    """Whether a metric differs between two runs of one seed."""
+    return name.startswith(("time/", "memory/")) or name.endswith("_per_second")
+
+
+class RunFolder:
+    """A tracker that writes files, at once."""
+
+    name: ClassVar[str] = "run_folder"
+    remote: ClassVar[bool] = False
+
+    def start(self, run: RunInfo) -> None:
+        self._folder = run.folder
+        before = _read_json(run.folder / "status.json")
+        if run.step == 0 and before.get("status") == "FINISHED":
+            raise ValueError(
+                f"tracking.name must be the name of a new run, got {run.name}, whose folder {run.folder} holds a "
+                "finished run; choose another name, or delete the folder"
+            )
+        run.folder.mkdir(parents=True, exist_ok=True)
+        _rewind(run.folder, run.step)
+        self._keep("config.yaml", run.config_yaml, run.step)
+        self._keep("environment.txt", environment(), run.step)
+        self._keep("code.diff", code_diff(), run.step)
+        self._status: dict[str, Any] = {
+            "name": run.name,
+            "experiment": run.experiment,
+            "status": "RUNNING",
+            "started": before.get("started", time.time()) if run.step else time.time(),
+            "ended": None,
+            "commit": commit(),
+            "parent": run.parent,
+            "dataset": dict(run.dataset),
+            "params": dict(run.params),
+            "tags": before.get("tags", {}) | dict(run.tags) if run.step else dict(run.tags),
+        }
+        self._save_status()
+
+    def log(self, report: Report) -> None:
+        if report.scalars:
+            with (self._folder / "journal.jsonl").open("a") as file:
+                file.write(json.dumps({"step": report.step, "scalars": report.scalars}) + "\n")
+        tables = dict(report.tables)
+        if report.histograms:
+            tables["histograms"] = [
+                {"name": name, "bins": h.bins, "counts": h.counts_K.tolist()} for name, h in report.histograms.items()
+            ]
+        for name, rows in tables.items():
+            self._segment(name, report.step, rows)
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        target = self._folder / folder / path.name
+        if path.resolve() != target.resolve():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target)
+
+    def tag(self, name: str, value: str) -> None:
+        self._status["tags"][name] = value
+        self._save_status()
+
+    def finish(self, status: str) -> None:
+        rows = list(journal_rows(self._folder))
+        for name, wanted in (("metrics", False), ("timing", True)):
+            mine = [row for row in rows if volatile(row[1]) == wanted]
+            _write(self._folder / f"{name}.parquet", _metric_table(mine))
+        for segments in sorted((self._folder / "segments").glob("*/")):
+            _write(self._folder / f"{segments.name}.parquet", read_table(self._folder, segments.name))
+        shutil.rmtree(self._folder / "segments", ignore_errors=True)
+        self._status |= {"status": status, "ended": time.time()}
+        self._save_status()
+
+    def _segment(self, name: str, step: int, rows: list[dict[str, Any]]) -> None:
+        import pyarrow as pa
+
+        if rows:
+            folder = self._folder / "segments" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            place = sum(1 for _ in folder.glob(f"{step:08d}-*.parquet"))
+            table = pa.Table.from_pylist([{"step": step, **row} for row in rows])
+            _write(folder / f"{step:08d}-{place:04d}.parquet", table)
+
+    def _keep(self, name: str, text: str, step: int) -> None:
+        """A resumed run that differs from its beginning says so in a file beside the first."""
+        path = self._folder / name
+        if step and path.exists() and path.read_text() != text:
+            path = path.with_name(f"{path.stem}.from_step_{step}{path.suffix}")
+        path.write_text(text)
+
+    def _save_status(self) -> None:
+        path = self._folder / "status.tmp"
+        path.write_text(json.dumps(self._status, indent=1))
+        path.replace(self._folder / "status.json")
+
+
+def journal_rows(folder: Path) -> Iterable[tuple[int, str, float]]:
+    """(step, name, value) of every scalar in the journal; a line torn by a crash is passed over."""
+    for line in _journal(folder):
+        for name, value in line["scalars"].items():
+            yield line["step"], name, value
+
+
+def read_table(folder: Path, name: str) -> Any:
+    """A table of a run, finished or not, as a pyarrow table; None where the run has none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    whole = folder / f"{name}.parquet"
+    paths = [whole] if whole.exists() else sorted((folder / "segments" / name).glob("*.parquet"))
+    if not paths:
+        return None
+    return pa.concat_tables([pq.read_table(path) for path in paths], promote_options="permissive")
+
+
+def _journal(folder: Path) -> list[dict[str, Any]]:
+    path, lines = folder / "journal.jsonl", []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _rewind(folder: Path, step: int) -> None:
+    """Drop every row of `step` and later, and make a finished folder writable again."""
+    import pyarrow.compute as pc
+
+    if step == 0:
+        for path in folder.glob("undelivered.*"):
+            path.unlink()
+    kept = [line for line in _journal(folder) if line["step"] < step]
+    (folder / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    for path in (folder / "segments").glob("*/*.parquet"):
+        if int(path.name.split("-")[0]) >= step:
+            path.unlink()
+    for path in folder.glob("*.parquet"):
+        if path.stem not in ("metrics", "timing"):
+            shutil.rmtree(folder / "segments" / path.stem, ignore_errors=True)
+            table = read_table(folder, path.stem)
+            table = table.filter(pc.field("step") < step)
+            if len(table):
+                (folder / "segments" / path.stem).mkdir(parents=True)
+                _write(folder / "segments" / path.stem / "00000000-.parquet", table)
+        path.unlink()
+
+
+def _metric_table(rows: list[tuple[int, str, float]]) -> Any:
+    import pyarrow as pa
+
+    schema = pa.schema([("step", pa.int64()), ("name", pa.string()), ("value", pa.float64())])
+    return pa.Table.from_pylist([dict(zip(schema.names, row)) for row in rows], schema=schema)
+
+
+def _write(path: Path, table: Any) -> None:
+    """All or nothing."""
+    import pyarrow.parquet as pq
+
+    pq.write_table(table, path.with_suffix(".tmp"), compression="zstd")
+    path.with_suffix(".tmp").replace(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
