@@ -9,6 +9,7 @@ which its comparison view pages through; the numbers themselves are in the run f
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sqlite3
@@ -57,6 +58,9 @@ def open_store(uri: str | None, folder: Path, experiment: str) -> Store:
     from filelock import FileLock
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+
+    for noisy in ("mlflow.store.db.utils", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
     folder = folder.resolve()
     uri = f"sqlite:///{folder / 'mlflow.db'}" if uri is None else _absolute(uri)
@@ -152,12 +156,13 @@ class MLflow:
             self._client.log_text(self.run_id, _readable(rows), f"rollouts/step_{report.step:06d}.txt")
 
     def _draw(self, name: str, step: int, bins: str, counts: list[int]) -> None:
-        from opd_lab.tracking.figures import heat_map_image
+        from opd_lab.tracking.figures import heat_map
 
         steps, counts_SK = self._history.setdefault(name, ([], []))
         steps.append(step)
         counts_SK.append(counts)
-        self._client.log_image(self.run_id, heat_map_image(name, bins, steps, counts_SK), key=key(name), step=step)
+        picture = heat_map(name, bins, steps, counts_SK)
+        self._client.log_image(self.run_id, picture, key=re.sub(r"[^\w\-./ ]", "_", key(name), flags=re.A), step=step)
 
     def _table(self, file: str, rows: list[dict[str, Any]]) -> None:
         """One file, rewritten: MLflow's own `log_table` appends by downloading, and fails at its 149th file."""
