@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
@@ -26,6 +27,7 @@ from opd_lab.settings import RunSettings
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent  # a wheel carries conf/ and sweeps/ inside
 CONF, SWEEPS = ROOT / "conf", ROOT / "sweeps"
+_NOT_OURS = ("hydra", "experiment", "sweeps")  # groups that set other keys and leave none of their own
 
 
 class SweepsAreAGroup(SearchPathPlugin):
@@ -102,9 +104,7 @@ def settings_of(cfg: DictConfig) -> RunSettings:
     if missing:
         raise ValueError(f"{missing[0]} must be given: add {missing[0]}=... to the command")
     values = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-    for group in ("hydra", "experiment", "sweeps", "sweep"):
-        values.pop(group, None)
-    settings = typed(RunSettings, values, "config")
+    settings = typed(RunSettings, {k: v for k, v in values.items() if k not in _NOT_OURS}, "config")
     check(settings)
     return settings
 
@@ -175,3 +175,14 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         items |= flat(value, f"{prefix}.{key}" if prefix else str(key))
     return items
+
+
+def method_name(cfg: DictConfig) -> str:
+    """The name of the method's config file: `fire_full` is another method than `fire_opd`."""
+    return str(HydraConfig.get().runtime.choices["method"])
+
+
+def as_yaml(cfg: DictConfig) -> str:
+    """The resolved config of a run, without Hydra's own."""
+    values = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    return OmegaConf.to_yaml(OmegaConf.create({k: v for k, v in values.items() if k not in _NOT_OURS}))

@@ -7,29 +7,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from opd_lab import checkpoint
 from opd_lab.data.prompts import Dataset, Example, PromptStream
 from opd_lab.diagnostics import RECORD, observe
 from opd_lab.diagnostics.high_loss import HighLoss
-from opd_lab.diagnostics.histograms import count
 from opd_lab.evaluate import Evaluation, evaluate
 from opd_lab.methods.base import Method
 from opd_lab.models import LM
+from opd_lab.optimize import adamw, learn, learning_rate
 from opd_lab.rollout.torch_engine import TorchEngine
-from opd_lab.settings import OptimSettings, RunSettings
+from opd_lab.settings import RunSettings
 from opd_lab.signals import teacher_must
-from opd_lab.step import Gradient, Scorer, accumulate_gradient, whole_batch
+from opd_lab.step import whole_batch
+from opd_lab.teacher.local import LocalTeacher
 from opd_lab.tracking.tracker import Tracker
-from opd_lab.types import LOGP_OLD, Batch, Behavior, Facts, Report, Rollouts, State
+from opd_lab.types import Batch, Behavior, Facts, Report, Rollouts, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Parts:
     """What a run is made of."""
 
     student: LM
-    teacher: Scorer
+    teacher: LocalTeacher
     engine: TorchEngine
     data: Dataset
     method: Method
@@ -56,10 +56,6 @@ class Progress:
     seconds_left: float
 
 
-class DivergedError(RuntimeError):
-    """The objective or its gradient is no longer a number."""
-
-
 def plain_behavior(settings: RunSettings) -> Behavior:
     r = settings.rollout
     return Behavior(r.temperature, r.top_p, r.top_k, tuple(r.suppressed))
@@ -74,18 +70,11 @@ def facts_of(settings: RunSettings, parts: Parts) -> Facts:
         updates_per_rollout=settings.optim.updates_per_rollout,
         vocabulary=parts.student.vocabulary,
         graded=parts.data.grade is not None,
+        tokenizer=parts.student.tokenizer_digest,
         data=settings.data.name,
         teacher=parts.teacher.name,
         engine=parts.engine.name,
     )
-
-
-def learning_rate(optim: OptimSettings, step: int, steps: int) -> float:
-    """The rate of a step, a pure function, so that a resumed run needs no scheduler's memory."""
-    warm = min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
-    left = 1 - max(0, step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
-    fall = {"constant": 1.0, "linear": left, "cosine": (1 + math.cos(math.pi * (1 - left))) / 2}[optim.schedule]
-    return optim.lr * warm * fall
 
 
 class Trainer:
@@ -103,14 +92,15 @@ class Trainer:
     ) -> None:
         self.settings, self.parts, self.tracker, self.folder = settings, parts, tracker, folder
         self.on_step, self.say = on_step, say
-        o = settings.optim
         parts.student.module.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(
-            parts.student.module.parameters(), o.lr, (o.betas[0], o.betas[1]), o.eps, o.weight_decay
-        )
+        self.optimizer = adamw(parts.student, settings.optim)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.stream = PromptStream(parts.data.train, settings.seed)
-        self.high_loss = HighLoss(parts.student.vocabulary, settings.diagnostics)
+        self.high_loss = HighLoss(
+            parts.student.vocabulary,
+            quantile=settings.diagnostics.high_loss_quantile,
+            window=settings.diagnostics.high_loss_window,
+        )
         self.state: State = parts.method.init_state()
         self.step = 0  # steps done
         self.totals = {"generated_tokens": 0, "teacher_scored_tokens": 0, "skipped_steps": 0, "seconds": 0.0}
@@ -155,82 +145,53 @@ class Trainer:
         grade = self.parts.data.grade
         if grade is None:
             return rollouts
-        texts = self.decode_all(rollouts)
+        texts = self.parts.student.texts(rollouts)
         rewards = [grade(text, e.answer) if e.answer is not None else math.nan for text, e in zip(texts, examples)]
         return replace(rollouts, reward_B=torch.tensor(rewards, device=rollouts.reward_B.device))
 
-    def decode_all(self, rollouts: Rollouts) -> list[str]:
-        ids = [row[mask].tolist() for row, mask in zip(rollouts.response_BT, rollouts.mask_BT)]
-        return self.parts.student.tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-    def learn(self, batch: Batch, views: list[Any]) -> tuple[Gradient, dict[str, Tensor], dict[str, float]]:
-        """The updates on one batch. The gradient returned is the first update's: what the diagnostics look at."""
-        s, p = self.settings, self.parts
-        weights = p.method.weights(batch)
-        first, scalars = None, {}
-        for _ in range(s.optim.updates_per_rollout):
-            self.optimizer.zero_grad(set_to_none=True)
-            gradient = accumulate_gradient(
-                p.method,
-                batch,
-                weights,
-                p.student.states,
-                views,
-                micro_batch=s.optim.micro_batch,
-                chunk=s.optim.chunk_tokens,
-                record=self.record if first is None else frozenset(),
-                old=None if first is None else {LOGP_OLD: first.signals[LOGP_OLD]},
-            )
-            norm = self.apply(gradient, batch)
-            if first is None:
-                first, scalars = gradient, {"optim/gradient_norm": norm}
-        assert first is not None
-        return first, weights, scalars
-
-    def apply(self, gradient: Gradient, batch: Batch) -> float:
-        """One optimizer step, or none where nothing has weight.
-
-        Raises:
-            DivergedError: the objective or the gradient is not finite; the message names the rollout.
-        """
-        s = self.settings
-        parameters = [q for q in self.parts.student.module.parameters() if q.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm([q.grad for q in parameters if q.grad is not None]))
-        if not (math.isfinite(norm) and math.isfinite(gradient.objective)):
-            raise DivergedError(_where(gradient, batch, norm))
-        if norm == 0.0:
-            self.totals["skipped_steps"] += 1
-            return norm
-        if s.optim.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, s.optim.clip_norm, torch.tensor(norm))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(s.optim, self.step, s.steps)
-        self.optimizer.step()
-        return norm
-
     def advance(self) -> Report:
-        """One step of Algorithm 1, and its report."""
+        """One step of Algorithm 1, and its report, which is numbered by the steps done: the first is 1."""
+        s, p = self.settings, self.parts
         self.clock = {}
         begin = time.perf_counter()
         batch, views = self.collect()
         with self.timed("update"):
-            gradient, weights, scalars = self.learn(batch, views)
-        seen = replace(batch, signals=dict(gradient.signals) | {k: batch[k] for k in self.parts.method.needs().batch})
+            learned = learn(
+                p.method,
+                batch,
+                views,
+                p.student,
+                self.optimizer,
+                s.optim,
+                rate=learning_rate(s.optim, self.step, s.steps),
+                record=self.record,
+            )
+        gradient, weights = learned.gradient, learned.weights
+        self.totals["skipped_steps"] += learned.skipped
+        self.step += 1
+        known = {signal: batch[signal] for signal in p.method.needs().batch}
+        seen = replace(batch, signals=gradient.signals | known, step=self.step)
         self.state = self.parts.method.update(self.state, batch)
         with self.timed("diagnostics"):
             report = observe(
-                seen, weights, self.high_loss, self.settings.diagnostics, decode=self.parts.student.tokenizer.decode
+                seen,
+                weights,
+                settings=s.diagnostics,
+                high_loss=self.high_loss,
+                decode=p.student.tokenizer.decode,
+                losses=gradient.losses,
+                metrics=p.method.metrics(seen, weights),
             )
-            add_own(report, self.parts.method.metrics(seen, weights))
         tokens = int(batch.rollouts.length_B.sum())
         self.totals["generated_tokens"] += tokens
         self.totals["teacher_scored_tokens"] += tokens if views and len(views[0]) else 0
         seconds = time.perf_counter() - begin
         self.totals["seconds"] += seconds
-        report.scalars |= scalars | {f"loss/{term}_value": value for term, value in gradient.values.items()}
+        report.scalars |= {f"loss/{term}_value": value for term, value in gradient.values.items()}
         report.scalars |= {
             "loss/total_value": gradient.objective,
-            "optim/learning_rate": learning_rate(self.settings.optim, self.step, self.settings.steps),
+            "optim/gradient_norm": learned.gradient_norm,
+            "optim/learning_rate": learning_rate(s.optim, batch.step, s.steps),
             "optim/skipped_steps": float(self.totals["skipped_steps"]),
             "cost/generated_tokens": float(self.totals["generated_tokens"]),
             "cost/teacher_scored_tokens": float(self.totals["teacher_scored_tokens"]),
@@ -238,7 +199,6 @@ class Trainer:
             "time/tokens_per_second": tokens / seconds,
         }
         report.scalars |= {f"time/{name}_seconds": value for name, value in self.clock.items()}
-        self.step += 1
         return report
 
     @contextmanager
@@ -286,16 +246,16 @@ class Trainer:
         e = self.settings.evaluate
         begin = time.perf_counter()
         found = self.examine(self.parts.data.validation[: e.problems], e.samples)
-        report.scalars |= found.scalars("validation")
-        report.tables.setdefault("evaluations", []).extend(found.records("validation", self.step))
+        report.scalars |= found.scalars("eval/validation")
+        report.tables.setdefault("evaluations", []).extend(_records(found, "validation", self.step))
         key = f"eval/validation/avg_at_{e.samples}"
         self.accuracy = report.scalars.get(key, math.nan)
         if self.accuracy > self.best["accuracy"]:
             self.best = {"step": self.step, "accuracy": self.accuracy}
         if test:
             found = self.examine(self.parts.data.test[: e.test_problems], e.test_samples)
-            report.scalars |= found.scalars("test")
-            report.tables["evaluations"].extend(found.records("test", self.step))
+            report.scalars |= found.scalars("eval/test")
+            report.tables["evaluations"].extend(_records(found, "test", self.step))
         report.scalars["time/evaluation_seconds"] = time.perf_counter() - begin
         return report
 
@@ -324,6 +284,7 @@ class Trainer:
             self.step,
             student=self.parts.student,
             optimizer=self.optimizer,
+            scheduler={},
             method_state=self.state,
             generators={"rollout": self.generator},
             stream=self.stream.state_dict(),
@@ -340,41 +301,24 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the newest complete checkpoint of the run folder, if there is one."""
-        loaded, notes = checkpoint.latest(self.folder / "checkpoints")
-        for note in notes:
-            self.say(note)
+        loaded = checkpoint.latest(self.folder / "checkpoints")
         if loaded is None:
             return
-        extra = checkpoint.restore(
-            loaded,
-            student=self.parts.student,
-            optimizer=self.optimizer,
-            generators={"rollout": self.generator},
+        for note in loaded.notes:
+            self.say(note)
+        found = checkpoint.restore(
+            loaded, student=self.parts.student, optimizer=self.optimizer, generators={"rollout": self.generator}
         )
-        self.step, self.state = loaded.step, loaded.method_state
-        self.stream.load_state_dict(loaded.stream)
-        self.high_loss.load_state_dict(extra["high_loss"])
-        self.totals, self.best, self.accuracy = extra["totals"], extra["best"], extra["accuracy"]
+        self.step, self.state = found.step, found.method_state
+        self.stream.load_state_dict(found.stream)
+        self.high_loss.load_state_dict(found.extra["high_loss"])
+        self.totals, self.best, self.accuracy = found.extra["totals"], found.extra["best"], found.extra["accuracy"]
         self.say(f"resumed after step {self.step} from {loaded.path}")
 
 
-def add_own(report: Report, own: Mapping[str, float | Tensor]) -> None:
-    """The method's own metrics: numbers are scalars, 1-D tensors become histograms."""
-    for name, value in own.items():
-        if isinstance(value, Tensor) and value.dim() == 1:
-            report.histograms[name] = count(value, "value")
-        else:
-            report.scalars[name] = float(value)
-
-
-def _where(gradient: Gradient, batch: Batch, norm: float) -> str:
-    """Which rollout made the gradient something else than a number."""
-    bad_B = torch.zeros(len(batch.rollouts), dtype=torch.bool)
-    for loss_BT in gradient.losses.values():
-        bad_B |= loss_BT.isinf().any(1).cpu()
-    uids = batch.rollouts.uid_B[bad_B.to(batch.rollouts.uid_B.device)].tolist()
-    return (
-        f"step {batch.step}: objective {gradient.objective}, gradient norm {norm}: not finite"
-        f"{f'; rollouts {uids[:5]} have an infinite loss' if uids else ''}; nothing was updated, the run stops. "
-        f"Try a lower optim.lr, or look at the rollouts above in the run folder."
-    )
+def _records(found: Evaluation, split: str, step: int) -> list[dict[str, Any]]:
+    """Correct counts per problem: what intervals are made of."""
+    return [
+        {"step": step, "set": split, "problem": problem, "n": found.n, "correct": c}
+        for problem, c in zip(found.ids, found.c)
+    ]

@@ -184,6 +184,7 @@ class Facts:
     updates_per_rollout: int
     vocabulary: int
     graded: bool
+    tokenizer: str  # digest of the tokenizer: what lists of token ids belong to
     data: str  # name of the data config, for messages
     teacher: str  # likewise
     engine: str  # likewise

@@ -46,6 +46,9 @@ class Method:
     """Plain on-policy distillation, and the questions every other method answers differently."""
 
     paper: ClassVar[str]  # an address
+    # ship | control (expected to fail or to do nothing: it proves that the platform can tell) | experimental (something
+    # essential is unknown; the card names it)
+    status: ClassVar[str] = "ship"
     # Settings under which the method is plain OPD in loss and gradient; None, where there are none (then `laws` says
     # what is tested in their place).
     neutral: ClassVar[Mapping[str, Any] | None] = {}

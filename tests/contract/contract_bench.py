@@ -122,7 +122,7 @@ def small_bench(method: Method) -> Bench:
 
 
 FACTS = Facts(
-    steps=10, behavior=Behavior(), max_tokens=48, per_prompt=4, updates_per_rollout=1, vocabulary=V, graded=True,
+    steps=10, behavior=Behavior(), max_tokens=48, per_prompt=4, updates_per_rollout=1, vocabulary=V, graded=True, tokenizer="lab",
     data="lab", teacher="local", engine="torch",
 )  # fmt: skip
 

@@ -1,0 +1,53 @@
+"""`python -m opd_lab`: plain Hydra. One run, or with `-m` one after another."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import hydra
+from omegaconf import DictConfig
+
+from opd_lab import config
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+
+
+def run(cfg: DictConfig) -> float:
+    """Hydra's task: one run; its return value is what a sweep reads."""
+    from opd_lab.progress import line
+    from opd_lab.run import execute
+
+    settings, name = config.settings_of(cfg), config.method_name(cfg)
+    with line(name, settings) as show:
+        return execute(settings, name, config_yaml=config.as_yaml(cfg), on_step=show.step, say=show.say).objective
+
+
+def doctor(cfg: DictConfig) -> None:
+    """Hydra's task: every check, printed; nothing is trained."""
+    from opd_lab.run import examine
+
+    examine(config.settings_of(cfg), config.method_name(cfg), config.as_yaml(cfg), print)
+
+
+def app(task: Callable[[DictConfig], float | None]) -> None:
+    """Compose the command line's config and give it to a task. What a user can mend is said in one line."""
+
+    def guarded(cfg: DictConfig) -> float | None:
+        if cfg.hydra.mode.name == "MULTIRUN":  # the sweep goes on with the other runs
+            return task(cfg)
+        try:
+            return task(cfg)
+        except ValueError as error:
+            print(f"opd-lab: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    config.register()
+    guarded.__module__ = __name__
+    hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")(guarded)()
+
+
+if __name__ == "__main__":
+    app(run)

@@ -1,0 +1,109 @@
+"""The `opd-lab` command.
+
+opd-lab run [key=value ...]            one run
+opd-lab sweep NAME [key=value ...]     the runs of sweeps/NAME.yaml, then their table and report
+opd-lab evaluate RUN [...]             a run's student on held-out problems
+opd-lab report FOLDER                  the table and the report of the runs in a folder
+opd-lab doctor [key=value ...]         does everything work here, before any budget is spent?
+opd-lab make-lab-models [DIR]          the recipe of the embedded lab's models
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from opd_lab import config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="opd-lab", description=__doc__, formatter_class=_Raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, about in (("run", "one run"), ("doctor", "check everything before any budget is spent")):
+        one = commands.add_parser(name, help=about, add_help=False)
+        one.add_argument("overrides", nargs=argparse.REMAINDER, help="key=value ..., as Hydra reads them")
+    sweep = commands.add_parser("sweep", help="the runs of sweeps/NAME.yaml, then their table and report")
+    sweep.add_argument("name", help="a file of sweeps/, without .yaml")
+    sweep.add_argument("overrides", nargs=argparse.REMAINDER, help="key=value ..., as Hydra reads them")
+    score = commands.add_parser("evaluate", help="a run's student on held-out problems")
+    score.add_argument("run", type=Path, help="a run folder")
+    score.add_argument("--checkpoint", default="final", help="final, best, or a step")
+    score.add_argument("--split", default="test", choices=("validation", "test"))
+    score.add_argument("--problems", type=int, default=200)
+    score.add_argument("--samples", type=int, default=4, help="rollouts per problem")
+    report = commands.add_parser("report", help="the table and the report of the runs in a folder")
+    report.add_argument("folder", type=Path)
+    recipe = commands.add_parser("make-lab-models", help="the recipe of the embedded lab's models")
+    recipe.add_argument("folder", type=Path, nargs="?", default=Path("lab_models"))
+    given = parser.parse_args(arguments)
+    try:
+        return _COMMANDS[given.command](given)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"opd-lab {given.command}: {error}", file=sys.stderr)
+        return 2
+
+
+class _Raw(argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def _hydra(task: str, overrides: Sequence[str]) -> int:
+    """A task of `python -m opd_lab`, with these overrides."""
+    from opd_lab import __main__ as hydra_app
+
+    sys.argv = ["opd-lab", *overrides]
+    hydra_app.app(getattr(hydra_app, task))
+    return 0
+
+
+def _run(given: argparse.Namespace) -> int:
+    return _hydra("run", given.overrides)
+
+
+def _sweep(given: argparse.Namespace) -> int:
+    found = sorted(path.stem for path in config.SWEEPS.glob("*.yaml"))
+    if given.name not in found and not any(word.startswith("--config-dir") for word in given.overrides):
+        raise ValueError(f"there is no sweep {given.name}; sweeps/ has {', '.join(found)}")
+    return _hydra("run", [f"sweeps={given.name}", *given.overrides])
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    return _hydra("doctor", given.overrides)
+
+
+def _evaluate(given: argparse.Namespace) -> int:
+    from opd_lab.results import score
+
+    for name, value in score(given.run, given.checkpoint, given.split, given.problems, given.samples).items():
+        print(f"{name:48} {value:.4f}")
+    return 0
+
+
+def _report(given: argparse.Namespace) -> int:
+    from opd_lab.results import show
+
+    show(given.folder)
+    return 0
+
+
+def _make_lab_models(given: argparse.Namespace) -> int:
+    from opd_lab.lab_models import make_lab_models
+
+    make_lab_models(given.folder)
+    return 0
+
+
+_COMMANDS = {
+    "run": _run,
+    "sweep": _sweep,
+    "doctor": _doctor,
+    "evaluate": _evaluate,
+    "report": _report,
+    "make-lab-models": _make_lab_models,
+}
+
+if __name__ == "__main__":
+    raise SystemExit(main())

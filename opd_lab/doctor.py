@@ -1,0 +1,187 @@
+"""What is checked before any budget is spent: at the first step of every run, and by `opd-lab doctor`.
+
+Each check raises ValueError with what is wrong and what to do, or returns what it saw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from opd_lab.data.grading import rates
+from opd_lab.methods.base import Method
+from opd_lab.models import LM
+from opd_lab.settings import RunSettings
+from opd_lab.signals import States, measure, teacher_must
+from opd_lab.step import Gradient, Scorer, accumulate_gradient, whole_batch
+from opd_lab.train import Parts
+from opd_lab.types import LOGP_STUDENT, Behavior, Facts, Rollouts
+
+ROWS = 8  # rollouts sampled for the checks
+KNOWN = 16  # known answers shown to the grader
+SAME = 1e-3  # relative difference of gradients that counts as none, in fp32
+
+
+def compatible(facts: Facts, parts: Parts) -> None:
+    """The method can work with this teacher and this run."""
+    needs = parts.method.needs()
+    if lacking := teacher_must(needs.batch | needs.tokens) - parts.teacher.provides:
+        wanted = ", ".join(sorted(str(s) for s in needs.batch | needs.tokens if teacher_must(frozenset({s})) & lacking))
+        raise ValueError(
+            f"{type(parts.method).__name__} needs {wanted} of the teacher, teacher={facts.teacher} can only give "
+            f"{', '.join(sorted(parts.teacher.provides))}; use teacher=local"
+        )
+    parts.method.check(facts)
+
+
+class Twin:
+    """A teacher that is the student, or the student with another vocabulary order."""
+
+    name = "twin"
+
+    def __init__(self, states: Callable[[Rollouts], States], like: Scorer, shift: int = 0) -> None:
+        self._states, self._shift, self.provides, self.continue_ = states, shift, like.provides, like.continue_
+
+    def view(self, rollouts: Rollouts) -> States:
+        with torch.no_grad():
+            hidden_NH, head = self._states(rollouts)
+        bias_V = None if head.bias_V is None else head.bias_V.detach().roll(self._shift, 0)
+        return States(hidden_NH, replace(head, weight_VH=head.weight_VH.detach().roll(self._shift, 0), bias_V=bias_V))
+
+
+def probe(settings: RunSettings, parts: Parts) -> Rollouts:
+    """A few rollouts of the student, from a generator of their own; graded alternately right and wrong."""
+    examples = parts.data.train[: ROWS // 2]
+    rows = torch.arange(2 * len(examples))
+    rollouts = parts.engine.sample(
+        parts.student,
+        [e.ids for e in examples for _ in range(2)],
+        behavior=Behavior(),
+        group_B=rows // 2,
+        uid_B=rows,
+        generator=torch.Generator().manual_seed(settings.seed),
+    )
+    return replace(rollouts, reward_B=(rows % 2).to(rollouts.reward_B))
+
+
+def gradient_of(
+    method: Method, rollouts: Rollouts, student: LM, teacher: Scorer, micro_batch: int, chunk: int
+) -> tuple[Gradient, torch.Tensor]:
+    """The step's gradient as one flat vector; the student is left without any."""
+    batch, views = whole_batch(
+        method,
+        rollouts,
+        student.states,
+        teacher,
+        state=method.init_state(),
+        step=0,
+        seed=0,
+        micro_batch=micro_batch,
+        chunk=chunk,
+    )
+    student.module.requires_grad_(True)
+    student.module.zero_grad(set_to_none=True)
+    found = accumulate_gradient(
+        method, batch, method.weights(batch), student.states, views, micro_batch=micro_batch, chunk=chunk
+    )
+    flat = torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in student.module.parameters()]
+    )
+    student.module.zero_grad(set_to_none=True)
+    return found, flat
+
+
+def first_step(settings: RunSettings, parts: Parts) -> list[str]:
+    """The checks on real rollouts, in the order in which a failure is easiest to understand.
+
+    Raises:
+        ValueError: the run would spend its budget on a wrong objective.
+    """
+    seen = [_prompt(parts), _grader(parts)]
+    rollouts = probe(settings, parts)
+    if not bool(rollouts.mask_BT.any()):
+        raise ValueError(
+            "the student wrote no token on any of the first prompts; look at its chat template and stop ids"
+        )
+    seen.append(_decoding(rollouts, parts, settings.optim.chunk_tokens))
+    chunk = settings.optim.chunk_tokens
+
+    def gradient(teacher: Scorer, micro_batch: int = len(rollouts)) -> tuple[Gradient, torch.Tensor]:
+        return gradient_of(parts.method, rollouts, parts.student, teacher, micro_batch, chunk)
+
+    found, whole = gradient(parts.teacher)
+    if not math.isfinite(found.objective) or not bool(whole.isfinite().all()):
+        raise ValueError(
+            f"the objective of the first rollouts is {found.objective}, its gradient not finite everywhere"
+        )
+    if not bool(whole.any()):
+        raise ValueError("the gradient of the first rollouts is 0: this student has nothing to learn from this teacher")
+    seen.append(f"gradient finite, norm {float(whole.norm()):.3g}")
+    _, split = gradient(parts.teacher, 1)
+    difference = float((split - whole).norm() / whole.norm())
+    if difference > SAME:
+        raise ValueError(
+            f"micro-batches of 1 change the gradient by {difference:.2g} of its norm; the method is at fault"
+        )
+    seen.append(f"micro-batch 1 against all: gradient differs by {difference:.1e} of its norm")
+    needs = parts.method.needs()
+    if teacher_must(needs.batch | needs.tokens):
+        seen += _teacher_counts(parts, gradient, whole)
+    return seen
+
+
+def _prompt(parts: Parts) -> str:
+    example = parts.data.train[0]
+    return (
+        f"first prompt: {len(example.ids)} ids {example.ids[:12]}... = {parts.student.tokenizer.decode(example.ids)!r}"
+    )
+
+
+def _grader(parts: Parts) -> str:
+    if parts.data.grade is None:
+        return "no grader: accuracy will not be known"
+    known = [e for e in parts.data.validation or parts.data.train if e.answer is not None][:KNOWN]
+    true, wrong = rates(parts.data.grade, known)
+    if true < 0.8 or wrong > 0.1:
+        raise ValueError(
+            f"the grader of data={parts.data.name} accepts {true:.0%} of {len(known)} true answers and {wrong:.0%} of "
+            "wrong ones; look at data.grader and data.answer_pattern"
+        )
+    return f"grader: accepts {true:.0%} of {len(known)} true answers, {wrong:.0%} of wrong ones"
+
+
+def _decoding(rollouts: Rollouts, parts: Parts, chunk: int) -> str:
+    mask_BT = rollouts.mask_BT
+    with torch.no_grad():
+        states = parts.student.states(rollouts)
+    again_N = measure(frozenset({LOGP_STUDENT}), rollouts.response_BT[mask_BT], states, None, chunk=chunk)[LOGP_STUDENT]
+    worst = float((again_N - rollouts.logp_BT[mask_BT]).abs().max())
+    limit = 1e-3 if states.hidden_NH.dtype == torch.float32 else 0.5
+    if not worst < limit:
+        raise ValueError(f"decoding and training disagree on log-probs by up to {worst:.2g} nats (allowed {limit:g})")
+    return f"decoding = teacher-forced pass: log-probs differ by at most {worst:.1e} nats"
+
+
+def _teacher_counts(
+    parts: Parts, gradient: Callable[[Scorer], tuple[Gradient, torch.Tensor]], whole: torch.Tensor
+) -> list[str]:
+    seen = []
+    _, other = gradient(Twin(parts.student.states, parts.teacher, shift=1))
+    if torch.equal(other, whole):
+        raise ValueError("another teacher gives the very same gradient: the teacher never reaches the loss")
+    seen.append("another teacher gives another gradient")
+    if parts.method.not_zero_at_teacher is None:
+        found, zero = gradient(Twin(parts.student.states, parts.teacher))
+        ratio = float(zero.norm() / whole.norm())
+        if abs(found.objective) > 1e-4 or ratio > 1e-3:
+            raise ValueError(
+                f"teacher := student must teach nothing, but the objective is {found.objective:.3g} and the gradient "
+                f"{ratio:.2g} of the real one"
+            )
+        seen.append(f"teacher := student: objective {found.objective:.1e}, gradient {ratio:.1e} of the real one")
+    else:
+        seen.append(f"teacher := student not asked: {parts.method.not_zero_at_teacher}")
+    return seen

@@ -1,0 +1,116 @@
+"""The updates on one batch: gradient, finiteness check, clipping, AdamW."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opd_lab.methods.base import Method
+from opd_lab.models import LM
+from opd_lab.settings import OptimSettings
+from opd_lab.signals import TeacherView
+from opd_lab.step import Gradient, accumulate_gradient
+from opd_lab.types import LOGP_OLD, LOGP_STUDENT, Batch, Signal
+
+
+class DivergedError(RuntimeError):
+    """The objective or its gradient is no longer a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What the updates on one batch did. `gradient` is the first update's: what the diagnostics look at."""
+
+    gradient: Gradient
+    weights: dict[str, Tensor]
+    gradient_norm: float  # before clipping, of the first update
+    skipped: int  # updates left out because no token had weight
+
+
+def learning_rate(optim: OptimSettings, step: int, steps: int) -> float:
+    """The rate of a step, a pure function, so that a resumed run needs no scheduler's memory."""
+    warm = min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
+    left = 1 - max(0, step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    fall = {"constant": 1.0, "linear": left, "cosine": (1 + math.cos(math.pi * (1 - left))) / 2}[optim.schedule]
+    return optim.lr * warm * fall
+
+
+def adamw(student: LM, optim: OptimSettings) -> torch.optim.AdamW:
+    beta1, beta2 = optim.betas
+    return torch.optim.AdamW(
+        student.module.parameters(), optim.lr, (beta1, beta2), optim.eps, weight_decay=optim.weight_decay
+    )
+
+
+def learn(
+    method: Method,
+    batch: Batch,
+    views: list[TeacherView],
+    student: LM,
+    optimizer: torch.optim.Optimizer,
+    optim: OptimSettings,
+    *,
+    rate: float,
+    record: frozenset[Signal],
+) -> Learned:
+    """`optim.updates_per_rollout` optimizer steps on one batch, with the weights of its start.
+
+    Raises:
+        DivergedError: the objective or the gradient is not finite; nothing was updated.
+    """
+    weights = method.weights(batch)
+    first, norm, skipped = None, 0.0, 0
+    several = optim.updates_per_rollout > 1
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    for _ in range(optim.updates_per_rollout):
+        optimizer.zero_grad(set_to_none=True)
+        gradient = accumulate_gradient(
+            method,
+            batch,
+            weights,
+            student.states,
+            views,
+            micro_batch=optim.micro_batch,
+            chunk=optim.chunk_tokens,
+            record=(record | ({LOGP_STUDENT} if several else set())) if first is None else frozenset(),
+            old=None if first is None else {LOGP_OLD: first.signals[LOGP_OLD]},
+        )
+        now = _apply(optimizer, student, gradient, batch, optim.clip_norm)
+        skipped += now == 0.0
+        if first is None:
+            first, norm = gradient, now
+    assert first is not None
+    return Learned(first, weights, norm, skipped)
+
+
+def _apply(
+    optimizer: torch.optim.Optimizer, student: LM, gradient: Gradient, batch: Batch, clip_norm: float | None
+) -> float:
+    """One optimizer step, or none where the gradient is 0; returns the gradient's norm before clipping."""
+    parameters = [p for p in student.module.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    if not (math.isfinite(norm) and math.isfinite(gradient.objective)):
+        raise DivergedError(_where(gradient, batch, norm))
+    if norm == 0.0:
+        return norm
+    if clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, torch.tensor(norm))
+    optimizer.step()
+    return norm
+
+
+def _where(gradient: Gradient, batch: Batch, norm: float) -> str:
+    """Which rollouts made the gradient something else than a number."""
+    bad_B = torch.zeros(len(batch.rollouts), dtype=torch.bool)
+    for loss_BT in gradient.losses.values():
+        bad_B |= loss_BT.isinf().any(1).cpu()
+    uids = batch.rollouts.uid_B.cpu()[bad_B].tolist()
+    return (
+        f"step {batch.step}: the objective is {gradient.objective} and its gradient norm {norm}, not finite"
+        f"{f'; rollouts {uids[:5]} have an infinite loss' if uids else ''}. Nothing was updated and the run stops; "
+        "try a lower optim.lr, or look at these rollouts in the run folder"
+    )

@@ -1,0 +1,84 @@
+"""Questions to finished runs: their table and report, and another evaluation of a student they left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from opd_lab import checkpoint, config
+from opd_lab.evaluate import evaluate
+from opd_lab.rollout.torch_engine import TorchEngine
+from opd_lab.run import load_parts
+from opd_lab.settings import RunSettings
+from opd_lab.types import Behavior
+
+
+def show(folder: Path) -> None:
+    """Table and report of every finished run below a folder, or of one run.
+
+    Raises:
+        ValueError: there is no finished run.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"there is no folder {folder}; give a run folder, or a folder of runs such as opd_runs/opd_lab"
+        )
+    runs = [folder] if (folder / "status.json").is_file() else sorted(p.parent for p in folder.glob("*/status.json"))
+    if not runs:
+        raise ValueError(f"{folder} holds no run (no */status.json); runs are in opd_runs/EXPERIMENT")
+    show_runs(runs, folder)
+
+
+def show_runs(runs: Sequence[Path], folder: Path) -> None:
+    """Print the table of some runs, write their report into `folder`, and say how to look further."""
+    from opd_lab.compare.report import write_report
+    from opd_lab.compare.table import render, table
+
+    console = Console()
+    render(table(runs), console)
+    path = write_report(folder, runs)
+    console.print(f"\nreport   {path}", soft_wrap=True, highlight=False)
+    store = next((p / "mlflow.db" for p in folder.parents if (p / "mlflow.db").is_file()), None)
+    if store is not None:
+        console.print(
+            f"mlflow   mlflow ui --backend-store-uri sqlite:///{store} --host 127.0.0.1 --port 5000",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def settings_in(folder: Path) -> RunSettings:
+    """The settings a run was started with."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{folder} is no run folder: it has no config.yaml")
+    cfg = OmegaConf.load(path)
+    assert isinstance(cfg, DictConfig)
+    return config.settings_of(cfg)
+
+
+def score(folder: Path, which: str, split: str, problems: int, samples: int) -> dict[str, Any]:
+    """Evaluate the student a run left: its final one, its best checkpoint, or that of a step."""
+    settings = settings_in(folder)
+    parts = load_parts(settings, print)
+    loaded = checkpoint.find(folder / "checkpoints", which)
+    checkpoint.restore_student(loaded, parts.student)
+    e, o = settings.evaluate, settings.optim
+    found = evaluate(
+        parts.student,
+        parts.teacher,
+        TorchEngine(e.max_tokens, settings.rollout.decode_rows),
+        getattr(parts.data, split)[:problems],
+        parts.data.grade,
+        samples=samples,
+        behavior=Behavior(e.temperature, e.top_p, suppressed=tuple(settings.rollout.suppressed)),
+        seed=e.seed,
+        chunk=o.chunk_tokens,
+        micro_batch=o.micro_batch,
+    )
+    print(f"{folder.name}, {split}, after step {loaded.step}: {len(found.ids)} problems x {samples} rollouts")
+    return found.scalars(f"eval/{split}")

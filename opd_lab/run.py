@@ -1,0 +1,245 @@
+"""From settings to a finished run: load the parts, check them, train, close the books.
+
+The run folder is a pure function of the config, so the same command goes on where it was stopped, and returns the
+stored result where it was finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import math
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from opd_lab import __version__, models
+from opd_lab.config import digest, flat, method_of
+from opd_lab.data import prompts
+from opd_lab.doctor import compatible, first_step
+from opd_lab.rollout.torch_engine import TorchEngine
+from opd_lab.settings import RunSettings
+from opd_lab.teacher.local import LocalTeacher
+from opd_lab.tracking import read
+from opd_lab.tracking.run_folder import RunFolder
+from opd_lab.tracking.tracker import FanOut, RunInfo, Tracker
+from opd_lab.train import Parts, Progress, Trainer, facts_of
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Where a run left its books, and the number a sweep reads."""
+
+    folder: Path
+    objective: float
+
+
+def run_name(settings: RunSettings, method_name: str) -> str:
+    """`fire_opd-s0-1a2b3c4d`: the method's config, the seed, a digest of everything that decides the result."""
+    return settings.tracking.name or f"{method_name}-s{settings.seed}-{digest(settings)}"
+
+
+def run_folder(settings: RunSettings, method_name: str) -> Path:
+    return Path(settings.tracking.folder).absolute() / settings.tracking.experiment / run_name(settings, method_name)
+
+
+def load_parts(settings: RunSettings, say: Say) -> Parts:
+    """Models, data, method; every note about them is said once.
+
+    Raises:
+        ValueError: something cannot be loaded or cannot work together.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    method = method_of(settings.method, settings.allow)
+    pair = settings.model
+    student = models.load(pair.student, device=pair.device, name="student")
+    teacher = models.load(pair.teacher, device=pair.device, name="teacher")
+    student, teacher, notes = models.match(student, teacher, pair.stop_ids)
+    data = prompts.load(settings.data, student.tokenizer)
+    for note in [*notes, *data.notes]:
+        say(note)
+    engine = TorchEngine(settings.rollout.max_tokens, settings.rollout.decode_rows)
+    parts = Parts(student, LocalTeacher(teacher), engine, data, method)
+    compatible(facts_of(settings, parts), parts)
+    return parts
+
+
+def execute(
+    settings: RunSettings,
+    method_name: str,
+    *,
+    config_yaml: str,
+    on_step: Callable[[Progress], None] = lambda progress: None,
+    say: Say = print,
+) -> Result:
+    """Train until `settings.steps`, or return what the finished run of this very config left.
+
+    Raises:
+        ValueError: the run cannot work; nothing was spent.
+        DivergedError: the loss or gradient stopped being a number; the run is closed as FAILED.
+    """
+    folder = run_folder(settings, method_name)
+    again = settings.checkpoint.resume == "auto"
+    if again and (stored := finished(folder, settings.objective)) is not None:
+        say(f"{folder.name} is finished already; checkpoint.resume=never would start anew")
+        return Result(folder, stored)
+    parts = load_parts(settings, say)
+    with alone(folder):
+        if not again:
+            _set_aside(folder)
+        tracker = trackers(settings, folder)
+        trainer = Trainer(settings, parts, tracker, folder, on_step=on_step, say=say)
+        if again:
+            trainer.resume()
+        if trainer.step == 0:
+            first_step(settings, parts)
+        tracker.start(
+            identity(settings, parts, method_name, folder, config_yaml, step=trainer.step + 1 if trainer.step else 0)
+        )
+        try:
+            trainer.run()
+        except BaseException as error:
+            tracker.finish("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
+            raise
+        models.save(parts.student, folder / "student")
+        tracker.finish("FINISHED")
+    return Result(folder, _objective(folder, settings.objective))
+
+
+def examine(settings: RunSettings, method_name: str, config_yaml: str, say: Say) -> None:
+    """Everything that a run checks before it spends its budget, and a checkpoint and a store written and read back.
+
+    Raises:
+        ValueError: the first thing that does not work.
+    """
+    say(f"opd_lab {__version__}, torch {torch.__version__}, device {models.resolve(settings.model.device)}")
+    parts = load_parts(settings, say)
+    say(
+        f"{settings.model.student.path} <- {settings.model.teacher.path}: one tokenizer, "
+        f"{parts.student.vocabulary} ids, stop ids {sorted(parts.student.stop_ids)}"
+    )
+    for line in first_step(settings, parts):
+        say(line)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(settings, parts, FanOut([]), Path(scratch), say=say)
+        saved = trainer.save()
+        trainer.resume()
+        say(f"checkpoint: {sum(f.stat().st_size for f in saved.iterdir()) / 1e6:.1f} MB written and read back")
+        if settings.tracking.mlflow:
+            from opd_lab.tracking.mlflow import open_store
+
+            t = settings.tracking
+            say(f"store: {open_store(t.uri, Path(t.folder).absolute(), t.experiment).uri} can be written")
+        memory = settings.rollout.prompts * settings.rollout.per_prompt * settings.rollout.max_tokens
+        say(
+            f"one step: at most {memory:,} response tokens; teacher states "
+            f"{memory * parts.teacher.lm.head.weight_VH.shape[1] * 4 / 1e6:.1f} MB"
+        )
+    say("everything works")
+
+
+def trackers(settings: RunSettings, folder: Path) -> Tracker:
+    """The run folder, and MLflow where it is asked for."""
+    t = settings.tracking
+    if not t.mlflow:
+        return FanOut([RunFolder()])
+    from opd_lab.tracking.mlflow import MLflow
+
+    return FanOut([RunFolder(), MLflow(t.uri, Path(t.folder).absolute())])
+
+
+def identity(
+    settings: RunSettings, parts: Parts, method_name: str, folder: Path, config_yaml: str, *, step: int
+) -> RunInfo:
+    """Who this run is: its params, the conventions of its loss as tags, its models and data by digest."""
+    params = flat({k: v for k, v in dataclasses.asdict(settings).items() if k not in ("tracking", "allow")})
+    b = settings.rollout
+    tags = parts.method.conventions() | {
+        "method": method_name,
+        "paper": parts.method.paper,
+        "seed": str(settings.seed),
+        "sampling_temperature": f"{b.temperature:g}",
+        "sampling_top_p": f"{b.top_p:g}",
+        "loss_temperature": "1",
+        "config_digest": digest(settings),
+        "data": parts.data.name,
+        "data_digest": parts.data.digest,
+        "student": parts.student.path,
+        "student_digest": parts.student.digest(),
+        "teacher": settings.model.teacher.path,
+        "teacher_digest": parts.teacher.lm.digest(),
+        "vocabulary": str(parts.student.vocabulary),
+    }
+    return RunInfo(
+        name=run_name(settings, method_name),
+        experiment=settings.tracking.experiment,
+        params=params,
+        tags=tags,
+        config_yaml=config_yaml,
+        folder=folder,
+        dataset={
+            "name": parts.data.name,
+            "source": settings.data.path or settings.data.kind,
+            "digest": parts.data.digest,
+        },
+        step=step,
+    )
+
+
+def finished(folder: Path, objective: str) -> float | None:
+    """The objective of a finished run, None if it is not finished."""
+    status = folder / "status.json"
+    if not status.is_file() or json.loads(status.read_text()).get("status") != "FINISHED":
+        return None
+    return _objective(folder, objective)
+
+
+def _objective(folder: Path, name: str) -> float:
+    """The last value of a metric.
+
+    Raises:
+        ValueError: the run never logged it; names those it did log under the same area.
+    """
+    metrics = read.metrics(folder)
+    values = metrics.loc[metrics["name"] == name, "value"]
+    if values.empty:
+        area = name.split("/")[0]
+        have = sorted(n for n in metrics["name"].unique() if n.startswith(area + "/"))
+        raise ValueError(f"objective={name} was not logged by {folder.name}; it logged {', '.join(have) or 'nothing'}")
+    value = float(values.iloc[-1])
+    return value if math.isfinite(value) else math.nan
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the run folder; a second process that wants it is refused at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"{folder} is in use by another process; wait for it, or give this run another tracking.name"
+            ) from None
+        yield
+
+
+def _set_aside(folder: Path) -> None:
+    """Keep an earlier run of the same config under the next free `-old<n>` name."""
+    if any(folder.iterdir()):
+        taken = [
+            int(m[1])
+            for p in folder.parent.iterdir()
+            if (m := re.fullmatch(rf"{re.escape(folder.name)}-old(\d+)", p.name))
+        ]
+        folder.rename(folder.with_name(f"{folder.name}-old{max(taken, default=0) + 1}"))
+        folder.mkdir()
