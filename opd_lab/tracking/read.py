@@ -1,0 +1,119 @@
+"""The one door back from run folders to tables. Figures, dashboards, comparisons and notebooks read runs here only.
+
+Every function takes run folders, one or several, or a folder that holds run folders at any depth, and reads running
+and crashed runs as well as finished ones. Every row names its run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opd_lab.tracking.run_folder import journal_rows, read_table
+from opd_lab.tracking.tracker import RunInfo
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+Runs = str | Path | Sequence[str | Path]
+
+
+def folders(where: Runs) -> list[Path]:
+    """The run folders meant, in the order of their names."""
+    places = [Path(where)] if isinstance(where, str | Path) else [Path(place) for place in where]
+    found = {path.parent for place in places for path in place.rglob("status.json")}
+    if not found:
+        raise ValueError(
+            f"runs must be run folders, or folders that hold some (status.json), got {', '.join(map(str, places))}; "
+            "start one with `opd-lab run`"
+        )
+    return sorted(found)
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """What the run says of itself: name, experiment, status, started, ended, commit, parent, params, tags."""
+    return json.loads((folder / "status.json").read_text())
+
+
+def info(folder: Path, step: int = 0) -> RunInfo:
+    """The run as a tracker wants to be told of it."""
+    said = status(folder)
+    return RunInfo(
+        name=said["name"],
+        experiment=said["experiment"],
+        folder=folder,
+        params=said["params"],
+        tags=said["tags"],
+        config_yaml=(folder / "config.yaml").read_text(),
+        dataset=said["dataset"],
+        parent=said["parent"],
+        step=step,
+    )
+
+
+def runs(where: Runs) -> DataFrame:
+    """One row per run: run, folder, status, started, ended, commit, then every param and tag under its own name."""
+    import pandas as pd
+
+    rows = []
+    for folder in folders(where):
+        said = status(folder)
+        head = {"run": said["name"], "folder": str(folder)}
+        head |= {name: said[name] for name in ("experiment", "status", "started", "ended", "commit", "parent")}
+        rows.append(head | said["tags"] | said["params"])
+    return pd.DataFrame(rows)
+
+
+def metrics(where: Runs) -> DataFrame:
+    """Every scalar: run, folder, step, name, value. Timings included."""
+    return _gather(where, _metrics)
+
+
+def histograms(where: Runs) -> DataFrame:
+    """run, folder, step, name, bins, counts (a list; the edges are `diagnostics.histograms.edges(bins)`)."""
+    return _gather(where, lambda folder: table(folder, "histograms"))
+
+
+def high_loss(where: Runs) -> DataFrame:
+    """The high-loss token types of every report; counted since the run's first step."""
+    return _gather(where, lambda folder: table(folder, "high_loss_tokens"))
+
+
+def rollouts(where: Runs) -> DataFrame:
+    """The sampled rollouts, with their per-token arrays."""
+    return _gather(where, lambda folder: table(folder, "rollouts"))
+
+
+def evaluations(where: Runs) -> DataFrame:
+    """step, set, problem, n, correct: what every evaluation counted per problem."""
+    return _gather(where, lambda folder: table(folder, "evaluations"))
+
+
+def table(folder: Path, name: str) -> DataFrame:
+    """Any table of one run, empty where the run has none."""
+    import pandas as pd
+
+    found = read_table(folder, name)
+    return pd.DataFrame() if found is None else pd.DataFrame(found.to_pylist())
+
+
+def _metrics(folder: Path) -> DataFrame:
+    import pandas as pd
+
+    if (folder / "metrics.parquet").exists():
+        return pd.concat([table(folder, "metrics"), table(folder, "timing")], ignore_index=True)
+    return pd.DataFrame(journal_rows(folder), columns=["step", "name", "value"])
+
+
+def _gather(where: Runs, one: Any) -> DataFrame:
+    import pandas as pd
+
+    frames: Iterable[DataFrame] = (
+        frame.assign(run=status(folder)["name"], folder=str(folder))
+        for folder in folders(where)
+        if len(frame := one(folder))
+    )
+    frames = list(frames)
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()

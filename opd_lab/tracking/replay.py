@@ -1,0 +1,53 @@
+"""Run folder -> tracker, afterwards: deliver what a store missed, or rebuild a lost store from the files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from opd_lab.tracking import read
+from opd_lab.tracking.delivery import drain
+from opd_lab.tracking.tracker import STATUSES, Tracker
+from opd_lab.types import Histogram, Report
+
+
+def sync(folder: Path, tracker: Tracker) -> bool:
+    """Deliver what waits in a run folder; False where nothing does."""
+    spool = folder / f"undelivered.{tracker.name}.jsonl"
+    if not spool.exists():
+        return False
+    tracker.start(read.info(folder, step=sys.maxsize))
+    drain(spool, tracker)
+    _close(folder, tracker)
+    return True
+
+
+def rebuild(folder: Path, tracker: Tracker) -> None:
+    """Log a whole run again, as a new one."""
+    tracker.start(read.info(folder))
+    for report in reports(folder):
+        tracker.log(report)
+    _close(folder, tracker)
+
+
+def reports(folder: Path) -> Iterator[Report]:
+    """The run's reports, one per step, in order."""
+    by_step: dict[int, Report] = {}
+    for row in read.metrics(folder).to_dict("records"):
+        by_step.setdefault(row["step"], Report(row["step"])).scalars[row["name"]] = row["value"]
+    for row in read.histograms(folder).to_dict("records"):
+        histogram = Histogram(torch.tensor(row["counts"], dtype=torch.int64), row["bins"])
+        by_step.setdefault(row["step"], Report(row["step"])).histograms[row["name"]] = histogram
+    for name in ("high_loss_tokens", "rollouts"):
+        for row in read.table(folder, name).to_dict("records"):
+            rows = by_step.setdefault(row["step"], Report(row["step"])).tables.setdefault(name, [])
+            rows.append({str(column): value for column, value in row.items()})
+    yield from (by_step[step] for step in sorted(by_step))
+
+
+def _close(folder: Path, tracker: Tracker) -> None:
+    status = read.status(folder)["status"]
+    tracker.finish(status if status in STATUSES else "KILLED")
