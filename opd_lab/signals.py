@@ -311,8 +311,10 @@ class _Objective(torch.autograd.Function):
     def forward(ctx: Any, job: _Job, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
         need = [hidden_NH, weight_VH] + ([] if bias_V is None else [bias_V])
         wanted = [i for i in range(len(need)) if ctx.needs_input_grad[1 + i]]
-        grads = [torch.zeros_like(need[i]) for i in wanted]
-        value = hidden_NH.new_zeros((), dtype=torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32)
+        wide = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
+        # Each hidden state is written once; the head's gradients are sums over chunks, which bf16 would not carry.
+        grads = [torch.zeros_like(need[i], dtype=wide if i else None) for i in wanted]
+        value = hidden_NH.new_zeros((), dtype=wide)
         for start in range(0, len(job.index_N), job.chunk):
             rows = job.index_N[start : start + job.chunk]
             with torch.enable_grad():
@@ -331,7 +333,7 @@ class _Objective(torch.autograd.Function):
                     grad += piece
         full: list[Tensor | None] = [None, None, None]
         for i, grad in zip(wanted, grads):
-            full[i] = grad
+            full[i] = grad.to(need[i].dtype)
         ctx.save_for_backward(*full)
         return value
 
