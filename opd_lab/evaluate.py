@@ -22,9 +22,6 @@ from opd_lab.step import Scorer
 from opd_lab.types import REVERSE_KL, Behavior, Rollouts
 
 
-WANTED = frozenset({REVERSE_KL})
-
-
 class Example(Protocol):
     @property
     def id(self) -> str: ...
@@ -120,6 +117,6 @@ def _reverse_kl(student: LM, teacher: Scorer | None, rollouts: Rollouts, chunk: 
         for index in order_B.split(micro_batch):
             rows = rollouts.rows(index)
             ids_N = rows.response_BT[rows.mask_BT]
-            seen = measure(WANTED, ids_N, student.states(rows), teacher.view(rows), chunk=chunk)
+            seen = measure(frozenset({REVERSE_KL}), ids_N, student.states(rows), teacher.view(rows), chunk=chunk)
             total += float(seen[REVERSE_KL].double().sum())
     return total / int(rollouts.length_B.sum())

@@ -137,10 +137,10 @@ def load(settings: ModelSettings, *, device: str, name: str) -> LM:
             "weights as *.safetensors; other weight files are not read, convert them with save_pretrained"
         ) from error
     module, found = loaded
-    if found["missing_keys"]:
+    if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"model.{name}.path = {settings.path} lacks weights of {type(module).__name__}, which would be random: "
-            f"{', '.join(sorted(found['missing_keys'])[:3])} ...; choose a complete checkpoint of a causal language model"
+            f"{', '.join(missing[:3])} ...; choose a complete checkpoint of a causal language model"
         )
     return wrap(module.to(resolve(device)), tokenizer, name=name, path=settings.path)
 
