@@ -343,7 +343,7 @@ def test_ranges(keys: dict[str, Any], message: str) -> None:
 
 
 FACTS = Facts(
-    **{"steps": 1, "max_tokens": 8, "updates_per_rollout": 1, "vocabulary": 9, "graded": False},
+    **{"steps": 1, "max_tokens": 8, "updates_per_rollout": 1, "vocabulary": 9, "graded": False, "tokenizer": "w"},
     **{"data": "d", "teacher": "t", "engine": "e", "behavior": Behavior(), "per_prompt": 1},
 )
 
