@@ -79,7 +79,7 @@ def test_beta_outside_its_range_is_refused_with_the_convention(beta: float) -> N
 
 
 def test_scale_is_a_choice() -> None:
-    with pytest.raises(ValueError, match="method.scale must be one of paper, unit, got trl"):
+    with pytest.raises(ValueError, match=r"method.scale must be one of paper, unit, got trl"):
         JSD(scale="trl")
 
 
