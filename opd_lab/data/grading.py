@@ -20,7 +20,7 @@ from opd_lab.settings import DataSettings
 
 Grader = Callable[[str, str], float]  # response, true answer -> 1 or 0
 GRADERS = ("exact", "math_verify", "none")
-CPU_SECONDS = 5  # for one response; what takes longer is wrong
+CPU_SECONDS = 3  # for one response; what takes longer is wrong
 PHRASINGS = ("answer {}", "The answer is \\boxed{{{}}}", "{}")  # how a known answer is put to a grader
 WRONG = "-7919"  # nobody's answer
 

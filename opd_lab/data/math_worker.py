@@ -3,6 +3,7 @@
 It limits its own CPU time per response and its memory. Past the first it is killed, past the second it answers 0.
 """
 
+import contextlib
 import json
 import logging
 import resource
@@ -15,15 +16,27 @@ MEMORY = 4 * GIBIBYTE
 
 
 def correct(response: str, answer: str) -> bool:
-    """Whether the last (boxed) expression of the response equals the answer."""
-    expected = parse(f"\\boxed{{{answer}}}", parsing_timeout=0)
-    return verify(expected, parse(response, parsing_timeout=0), timeout_seconds=0)
+    """Whether the response's last box, or without one its last expression, equals the answer."""
+    given = parse(last_box(response) or response, parsing_timeout=0)
+    return verify(parse(f"\\boxed{{{answer}}}", parsing_timeout=0), given, timeout_seconds=0)
+
+
+def last_box(text: str) -> str | None:
+    """The last `\\boxed{...}` with its braces in balance. The library itself would join several boxes into a set."""
+    start = text.rfind("\\boxed{")
+    depth = 0
+    for position in range(start, len(text)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0 and text[position] == "}":
+            return text[start : position + 1]
+    return None
 
 
 def main(cpu_seconds: int) -> None:
     logging.disable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.RLIM_INFINITY))
+    with contextlib.suppress(ValueError, OSError):  # macOS knows no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.RLIM_INFINITY))
     verdicts, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])

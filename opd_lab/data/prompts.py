@@ -79,7 +79,7 @@ def load(settings: DataSettings, tokenizer: Any) -> Dataset:
 
 
 class PromptStream:
-    """Endless examples, reshuffled every epoch. The order is a function of seed and epoch, so two numbers resume it."""
+    """Endless examples, reshuffled every epoch. The order is a function of seed and epoch: two numbers resume it."""
 
     def __init__(self, examples: list[Example], seed: int) -> None:
         assert examples, "a stream needs at least one prompt"
@@ -96,10 +96,10 @@ class PromptStream:
             self.position += 1
         return taken
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         return {"epoch": self.epoch, "position": self.position, **self._identity()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         before = {key: state[key] for key in self._identity()}
         if before != self._identity():
             raise ValueError(
@@ -108,8 +108,13 @@ class PromptStream:
             )
         self._enter(state["epoch"], state["position"])
 
-    def _identity(self) -> dict[str, int]:
-        return {"seed": self.seed, "prompts": len(self.examples)}
+    def _identity(self) -> dict[str, int | str]:
+        ids = " ".join(example.id for example in self.examples)
+        return {
+            "seed": self.seed,
+            "prompts": len(self.examples),
+            "digest": hashlib.sha256(ids.encode()).hexdigest()[:16],
+        }
 
     def _enter(self, epoch: int, position: int) -> None:
         own = int.from_bytes(hashlib.sha256(f"prompts {self.seed} {epoch}".encode()).digest()[:7], "big")
