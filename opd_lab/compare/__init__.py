@@ -1,0 +1,1 @@
+"""Runs -> what may be said of their methods: tables with intervals, and the guard over what may share an axis."""

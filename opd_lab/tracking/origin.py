@@ -28,6 +28,7 @@ def code_diff() -> str:
     return "".join([_git("diff", "HEAD"), *added])
 
 
+@cache
 def environment() -> str:
     """Python, platform and every installed version, one to a line."""
     versions = {f"{d.name}=={d.version}" for d in distributions()}
