@@ -189,7 +189,7 @@ class FireOPD(Method):
         sides = {"kept": kept_BT.any(1), "dropped": scored_B & ~kept_BT.any(1)}
         confidence_BT, confusion_BT = self.certainties(batch)
         pull_N = (weight_N * (rollouts.logp_BT - batch[LOGP_TEACHER])[kept_BT]).abs().sort(descending=True).values
-        kl_BT = batch.signals.get(REVERSE_KL)
+        kl_BT = dict(batch.signals).get(REVERSE_KL)
         hard = self.rollout_mode == "hard"  # a soft filter has no threshold
         values: dict[str, float | Tensor] = {
             "kept_fraction": mean(sides["kept"][scored_B]),

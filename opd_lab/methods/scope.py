@@ -220,7 +220,7 @@ class SCOPE(Method):
         missing_B = self.routed(batch)[1] & ~wrong_B
         inside_PB = rollouts.group_B.unique()[:, None] == rollouts.group_B
         size = {term: (inside_PB & path.member_B).sum(1) for term, path in paths.items()}
-        gap_BT = batch[LOGP_STUDENT] - batch.signals.get(LOGP_TEACHER, torch.nan)
+        gap_BT = batch[LOGP_STUDENT] - dict(batch.signals).get(LOGP_TEACHER, torch.nan)
         gap_N = gap_BT[wrong_B[:, None] & mask_BT]
         sizes = torch.cat(list(size.values()))
         values: dict[str, float | Tensor] = {

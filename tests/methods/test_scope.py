@@ -105,15 +105,11 @@ def test_gv1_weights_rise_with_the_students_and_fall_with_the_teachers_perplexit
 
 
 @pytest.mark.parametrize(("tau", "ess"), [(0.5, 2.000000), (1.0, 2.551237), (2.0, 2.853951)])
-def test_gv1_effective_sample_size(tau: float, ess: float) -> None:
-    nll = [math.log(x) for x in (1.2, 2.6, 3.8)]
-    batch, method = batch_of([(0, 1.0, [-x], [-x]) for x in nll]), SCOPE(tau=tau)
-    assert method.metrics(batch, {})["scope/correct_ess_fraction"] == pytest.approx(ess / 3, abs=2e-7)
-
-
-def test_gv1_official_weights_have_the_opposite_direction() -> None:
+def test_gv1_effective_sample_size_and_the_official_direction(tau: float, ess: float) -> None:
     nll = [math.log(x) for x in (1.2, 2.6, 3.8)]
     near(shares(nll, 1.0, **OFFICIAL), 1.68792711, 0.77904328, 0.53302961)
+    batch, method = batch_of([(0, 1.0, [-x], [-x]) for x in nll]), SCOPE(tau=tau)
+    assert method.metrics(batch, {})["scope/correct_ess_fraction"] == pytest.approx(ess / 3, abs=2e-7)
 
 
 def test_gv2_extremes() -> None:
@@ -266,18 +262,17 @@ def test_the_order_of_rollouts_changes_nothing() -> None:
 @pytest.mark.parametrize(("reward", "there", "empty"), [(1.0, "correct", "wrong"), (0.0, "wrong", "correct")])
 def test_an_empty_path_is_exactly_zero(reward: float, there: str, empty: str) -> None:
     batch = batch_of([(0, reward, [-0.1, -0.2], [-0.3, -0.1]), (1, reward, [-0.5], [-0.9])])
-    for denominator in ("prompts", "rollout_mean", "path_tokens", "all_tokens", "official"):
-        terms, gradient_N = objective(batch, denominator=denominator)
+    for name in ("prompts", "rollout_mean", "path_tokens", "all_tokens", "official"):
+        terms, gradient_N = objective(batch, denominator=name)
         assert terms[empty] == 0.0 and terms[there] != 0.0
         assert bool((gradient_N.isfinite() & (gradient_N != 0)).all())
 
 
 def test_weights_sum_to_one_shift_free_with_the_ratio_of_the_definition() -> None:
-    nll = [0.3, 1.1, 2.0, 0.9]
     for reward, direction in ((1.0, 1), (0.0, -1)):
-        weight_B = shares(nll, reward, tau=0.7)
+        weight_B = shares([0.3, 1.1, 2.0, 0.9], reward, tau=0.7)
         near(weight_B.sum(), 1, atol=1e-12)
-        near(shares([x + 5 for x in nll], reward, tau=0.7), *weight_B.tolist(), atol=1e-12)
+        near(shares([5.3, 6.1, 7.0, 5.9], reward, tau=0.7), *weight_B.tolist(), atol=1e-12)
         near(weight_B[1] / weight_B[0], math.exp(direction * 0.8 / 0.7), atol=1e-12)
 
 
@@ -294,19 +289,14 @@ def test_neutral_counts_every_token_once_under_any_other_keys(keys: dict[str, An
     weights = method.weights(ungraded)
     torch.testing.assert_close(weights["wrong"], gv3().rollouts.mask_BT.double(), atol=1e-15, rtol=0)
     assert not bool(weights.get("correct", torch.zeros(1)).any())
+    _, gradient_N = objective(gv3(), **(NEUTRAL | {"wrong_loss": "sampled"}))  # in expectation: the bare gap
+    near(gradient_N, *((gv3()[LOGP_STUDENT] - gv3()[LOGP_TEACHER])[gv3().rollouts.mask_BT] / 12).tolist(), atol=1e-12)
     tags = {"divergence": "reverse_kl", "estimator": "full_vocabulary", "denominator": "tokens"}
     assert method.conventions() == tags
 
 
-def test_neutral_with_the_sampled_loss_teaches_the_bare_gap() -> None:
-    _, gradient_N = objective(gv3(), **(NEUTRAL | {"wrong_loss": "sampled"}))
-    gap_BT = gv3()[LOGP_STUDENT] - gv3()[LOGP_TEACHER]
-    near(gradient_N, *(gap_BT[gv3().rollouts.mask_BT] / 12).tolist(), atol=1e-12)
-
-
 def test_a_truncated_rollout_is_wrong_or_leaves_while_its_prompt_still_counts() -> None:
-    rollouts = replace(gv3().rollouts, stopped_B=torch.tensor([True, True, True, True, False]))
-    batch = replace(gv3(), rollouts=rollouts)
+    batch = replace(gv3(), rollouts=replace(gv3().rollouts, stopped_B=torch.tensor([True] * 4 + [False])))
     near(SCOPE().weights(batch)["wrong"].amax(1), 0, 0, 1.085089316, 2.414910684, 3.5)
     dropped = SCOPE(truncated="drop").weights(batch)["wrong"].amax(1)
     near(dropped, 0, 0, 0.310025519 * 6 / 2, 0.689974481 * 6 / 2, 0)
@@ -320,16 +310,21 @@ def test_rollouts_without_tokens_or_verdict_are_on_no_path() -> None:
         SCOPE().weights(batch_of([(0, 0.5, [-0.5], [-0.4])]))
 
 
-def test_the_coefficient_scales_the_correct_path_alone() -> None:
-    terms, _ = objective(gv3(), correct_coef=0.25)
-    assert terms == pytest.approx({"correct": -1.311229666 / 4, "wrong": 1.093007656}, abs=2e-9)
-
-
-def test_an_untrained_path_has_no_term_and_asks_nobody() -> None:
-    assert SCOPE(wrong_loss="none").needs().batch == {LOGP_STUDENT}
-    assert LOGP_TEACHER not in SCOPE(wrong_loss="none").needs().tokens
+def test_a_path_can_be_scaled_or_left_out_and_then_asks_nobody() -> None:
+    scaled, _ = objective(gv3(), correct_coef=0.25)
+    assert scaled == pytest.approx({"correct": -1.311229666 / 4, "wrong": 1.093007656}, abs=2e-9)
     assert objective(gv3(), wrong_loss="none")[0].keys() == {"correct"}
     assert objective(gv3(), correct_loss="none")[0].keys() == {"wrong"}
+    assert LOGP_TEACHER not in SCOPE(wrong_loss="none").needs().batch | SCOPE(wrong_loss="none").needs().tokens
+
+
+def test_the_teacher_moves_wrong_rollouts_and_never_correct_ones() -> None:
+    rows = [(0, float(i % 2), [-0.5, -0.2], [-0.3, -0.9]) for i in range(4)]  # a grader that fails every second one
+    other = [(*row[:3], [-1.1, -0.1]) for row in rows]
+    one_N, other_N = (objective(batch_of(r))[1].reshape(4, 2) for r in (rows, other))
+    near(one_N[1::2], *other_N[1::2].flatten().tolist(), atol=0)
+    near(one_N[::2], *[-0.1, 0.35] * 2)  # half the gap
+    near(other_N[::2], *[0.3, -0.05] * 2)
 
 
 def test_metrics_by_hand() -> None:
