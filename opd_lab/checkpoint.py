@@ -85,13 +85,13 @@ def save(
     save_file({name: _on_cpu(value) for name, value in _weights(student).items()}, writing / STUDENT)
     save_file(tensors, writing / TENSORS)
     (writing / TREE).write_text(json.dumps(tree))
-    digests = {name: _flush_and_digest(writing / name) for name in (STUDENT, TENSORS, TREE)}
+    digests = {name: _digest(writing / name) for name in (STUDENT, TENSORS, TREE)}
     (writing / MANIFEST).write_text(json.dumps({"version": VERSION, "step": step, "sha256": digests}, indent=1))
-    _flush_and_digest(writing / MANIFEST)
-    _flush_folder(writing)
+    for path in (*writing.iterdir(), writing):
+        _flush(path)
     stale = [_set_aside(path) for path in _checkpoints(folder) if _step(path) >= step]
     writing.rename(final)
-    _flush_folder(folder)
+    _flush(folder)
     for path in stale:
         shutil.rmtree(path)
     return final
@@ -234,14 +234,9 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush_and_digest(path: Path) -> str:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    return _digest(path)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    """Have the disk write a file or a folder now."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
