@@ -7,9 +7,13 @@ import sys
 from collections.abc import Callable
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from opd_lab import config
+from opd_lab.mistakes import explain
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -36,7 +40,7 @@ def app(task: Callable[[DictConfig], float | None]) -> None:
     """Compose the command line's config and give it to a task. What a user can mend is said in one line."""
 
     def guarded(cfg: DictConfig) -> float | None:
-        if cfg.hydra.mode.name == "MULTIRUN":  # the sweep goes on with the other runs
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweep goes on with the other runs
             return task(cfg)
         try:
             return task(cfg)
@@ -46,7 +50,12 @@ def app(task: Callable[[DictConfig], float | None]) -> None:
 
     config.register()
     guarded.__module__ = __name__
-    hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")(guarded)()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed by Hydra
+    try:
+        hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")(guarded)()
+    except HydraException as error:
+        print(f"opd-lab: {explain(error, sys.argv[1:])}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

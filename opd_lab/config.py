@@ -11,6 +11,9 @@ import difflib
 import hashlib
 import importlib
 import json
+import types
+import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +22,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from opd_lab.methods.base import Method
 from opd_lab.settings import RunSettings
@@ -43,36 +45,48 @@ def register() -> None:
         Plugins.instance().register(SweepsAreAGroup)
 
 
-def typed(cls: type[Any], values: Any, where: str) -> Any:
+def typed(cls: type[Any], given: Mapping[str, Any], where: str) -> Any:
     """An instance of a dataclass from a mapping, every key known and of the right type.
 
     Raises:
         ValueError: names the key, what was given, and the keys or the type allowed.
     """
-    given = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(values), resolve=True))
-    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls) if f.init}
     for key in given:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
+            close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"{where}.{key} is not a key of {where}, which has {', '.join(known) or 'none'}{hint}")
-    if missing := [name for name in known if name not in given and _required(cls, name)]:
-        raise ValueError(f"{where} lacks {', '.join(missing)}; a config file must list every key")
-    if absent := [name for name in known if given.get(name) == "???"]:
-        raise ValueError(f"{where}.{absent[0]} must be given: add {where}.{absent[0]}=... to the command")
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), given))
-    except OmegaConfBaseException as error:
-        key = error.full_key or ""
-        got = OmegaConf.select(OmegaConf.create(given), key) if key else given
-        want = error.ref_type_str if error.ref_type_str not in (None, "Any") else ""
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{where}.{key} has the wrong type: {reason}, got {got!r} {want}".rstrip()) from None
+    for name, f in known.items():
+        if name not in given and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where}.{name} is missing: a config must list every key of {where}")
+    return cls(
+        **{key: _as(hints[key], value, f"{where}.{key}".removeprefix("config.")) for key, value in given.items()}
+    )
 
 
-def _required(cls: type[Any], name: str) -> bool:
-    f = next(f for f in dataclasses.fields(cls) if f.name == name)
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+def _as(kind: Any, value: Any, where: str) -> Any:
+    """A value as a type: an int may stand for a float, nothing else is converted."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} must be a group of keys, got {value!r}")
+        return typed(cast(type[Any], kind), value, where)
+    if typing.get_origin(kind) is list and isinstance(value, list):
+        return [_as(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_as(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    for one in kinds:
+        if typing.get_origin(one) in (list, tuple) and isinstance(value, list):
+            return _as(one, value, where)
+        plain = typing.get_origin(one) or one
+        if plain is float and type(value) is int:
+            return float(value)
+        if plain is Any or plain is type(value):
+            return value
+    allowed = " or ".join("null" if one is types.NoneType else getattr(one, "__name__", str(one)) for one in kinds)
+    raise ValueError(f"{where} must be {allowed}, got {value!r}")
 
 
 def method_of(values: dict[str, Any], allow: list[str]) -> Method:

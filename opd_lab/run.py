@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 
-from opd_lab import __version__, models
+from opd_lab import __version__, models, pairing
 from opd_lab.config import digest, flat, method_of
 from opd_lab.data import prompts
 from opd_lab.doctor import compatible, first_step
@@ -57,13 +58,14 @@ def load_parts(settings: RunSettings, say: Say) -> Parts:
     Raises:
         ValueError: something cannot be loaded or cannot work together.
     """
+    transformers.utils.logging.disable_progress_bar()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     method = method_of(settings.method, settings.allow)
     pair = settings.model
     student = models.load(pair.student, device=pair.device, name="student")
     teacher = models.load(pair.teacher, device=pair.device, name="teacher")
-    student, teacher, notes = models.match(student, teacher, pair.stop_ids)
+    student, teacher, notes = pairing.match(student, teacher, pair.stop_ids)
     data = prompts.load(settings.data, student.tokenizer)
     for note in [*notes, *data.notes]:
         say(note)

@@ -5,6 +5,8 @@ prompts -> rollouts -> reward -> teacher -> batch -> weights -> gradient -> upda
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -56,6 +58,12 @@ class Progress:
     seconds_left: float
 
 
+def tokenizer_digest(lm: LM) -> str:
+    """What lists of token ids belong to: a digest of id -> string."""
+    ids = sorted(lm.tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+
+
 def plain_behavior(settings: RunSettings) -> Behavior:
     r = settings.rollout
     return Behavior(r.temperature, r.top_p, r.top_k, tuple(r.suppressed))
@@ -70,7 +78,7 @@ def facts_of(settings: RunSettings, parts: Parts) -> Facts:
         updates_per_rollout=settings.optim.updates_per_rollout,
         vocabulary=parts.student.vocabulary,
         graded=parts.data.grade is not None,
-        tokenizer=parts.student.tokenizer_digest,
+        tokenizer=tokenizer_digest(parts.student),
         data=settings.data.name,
         teacher=parts.teacher.name,
         engine=parts.engine.name,
