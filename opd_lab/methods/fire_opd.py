@@ -16,8 +16,8 @@ teacher is sure and the student is not, and the weights of a rollout average to 
 the released code. With one update per rollout r is 1, and (e) has the gradient of the score function gap log p_S; in
 later updates gap follows the current student. `token_loss: full` puts the exact reverse KL in place of (e).
 
-Ours: filter_scope group. The soft filter u = 2 (rank + 1) / (N + 1), ranks by ascending score within filter_scope. Hard
-tokens, 1 for the ceil(hard_token_fraction T) largest raw of a rollout. Label them so in figures.
+Ours: filter_scope group; the soft filter u = 2 (rank + 1) / (N + 1), by ascending score; hard tokens, 1 for the
+ceil(hard_token_fraction T) largest raw of a rollout.
 
 Neutral: skip_percentile, alpha and beta 0 with token_loss full; with sampled, in expectation.
 Differs: the released scripts take quantile, maxima and means inside micro-batches of one rollout, where nothing is ever
@@ -25,14 +25,13 @@ Differs: the released scripts take quantile, maxima and means inside micro-batch
 Differs: their "token mean" is then a mean of rollout means: `aggregation: sequence_mean`.
 Differs: they give the plain-OPD arm alone truncated importance weights and a dual clip, and divide logits by the
          sampling temperature; here all arms are treated alike, at temperature 1.
-Differs: their filter fails with two teachers; here it never sees which teacher scored. Scores and weights are float64.
+Differs: their filter fails with two teachers; here it never sees which teacher scored. Scores are float64.
 
 Metrics: fire_opd/kept_fraction, kept_tokens_fraction, score_mean_nats, score_threshold_nats (mean of tau),
 weight_{mean,min,p5,p50,p95,max}_ratio, teacher_confidence_mean_fraction, student_confusion_mean_fraction,
-kl_kept_mean_nats, {kept,dropped}_length_mean_tokens, {kept,dropped}_reward_mean_fraction, score_correct_auc_fraction,
-weighted_gap_top5pct_share_fraction; histograms score_nats and weight_ratio. Kept tokens are those of weight > 0. The
-filter removes what is far from the teacher, so a loss over kept tokens falls by construction: read progress off
-kl/reverse_mean_nats, which is over all tokens.
+kl_kept_mean_nats, {kept,dropped}_{length_mean_tokens,reward_mean_fraction}, score_correct_auc_fraction,
+weighted_gap_top5pct_share_fraction; histograms score_nats, weight_ratio. Kept tokens are those of weight > 0; a loss
+over them falls by construction of the filter: read progress off kl/reverse_mean_nats, which is over all.
 """
 
 from __future__ import annotations
@@ -83,10 +82,10 @@ class FireOPD(Method):
     hard_token_fraction: float = 0.5
 
     def __post_init__(self) -> None:
-        skip, negative = self.skip_percentile, "negative values would favour unsure teachers"
+        skip, unsure = self.skip_percentile, "negative values would favour unsure teachers" if self.alpha < 0 else ""
         within("skip_percentile", skip, "in [0, 100)", 0 <= skip < 100, "use 0 to keep every rollout")
         choice("filter_scope", self.filter_scope, ("batch", "group", "rollout"))
-        within("alpha", self.alpha, "in [0, 10]", 0 <= self.alpha <= 10, negative if self.alpha < 0 else "")
+        within("alpha", self.alpha, "in [0, 10]", 0 <= self.alpha <= 10, unsure)
         within("beta", self.beta, "in [0, 10]", 0 <= self.beta <= 10)
         choice("entropy_max_scope", self.entropy_max_scope, ("rollout", "batch"))
         choice("weight_norm_scope", self.weight_norm_scope, ("rollout", "batch"))
@@ -188,8 +187,8 @@ class FireOPD(Method):
         scored_B = ~score_B.isnan()
         sides = {"kept": kept_BT.any(1), "dropped": scored_B & ~kept_BT.any(1)}
         confidence_BT, confusion_BT = self.certainties(batch)
+        kl_BT = dict(batch.signals).get(REVERSE_KL, batch[LOGP_TEACHER] * torch.nan)
         pull_N = (weight_N * (rollouts.logp_BT - batch[LOGP_TEACHER])[kept_BT]).abs().sort(descending=True).values
-        kl_BT = dict(batch.signals).get(REVERSE_KL)
         hard = self.rollout_mode == "hard"  # a soft filter has no threshold
         values: dict[str, float | Tensor] = {
             "kept_fraction": mean(sides["kept"][scored_B]),
@@ -200,7 +199,7 @@ class FireOPD(Method):
             **{f"weight_{name}_ratio": quantile(weight_N, percent).item() for name, percent in PERCENTILES.items()},
             "teacher_confidence_mean_fraction": mean(confidence_BT[kept_BT]),
             "student_confusion_mean_fraction": mean(confusion_BT[kept_BT]),
-            "kl_kept_mean_nats": math.nan if kl_BT is None else mean(kl_BT[kept_BT]),
+            "kl_kept_mean_nats": mean(kl_BT[kept_BT]),
             **{f"{side}_length_mean_tokens": mean(rollouts.length_B[side_B]) for side, side_B in sides.items()},
             **{f"{side}_reward_mean_fraction": mean(rollouts.reward_B[side_B]) for side, side_B in sides.items()},
             "score_correct_auc_fraction": auc(score_B[scored_B], rollouts.reward_B[scored_B]),
@@ -215,7 +214,7 @@ class FireOPD(Method):
         kept = "kept_" if filters or self.token_mode == "hard" else ""
         return {
             "divergence": "reverse_kl",
-            "estimator": "full_vocabulary" if self.token_loss == "full" else "sampled",
+            "estimator": "full_vocabulary" if self.token_loss == "full" else "k1_ratio",
             "denominator": kept + ("tokens" if self.aggregation == "token_mean" else "rollouts"),
         }
 

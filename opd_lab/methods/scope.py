@@ -18,7 +18,8 @@ renormalised on the teacher's likeliest tokens, a switch that the released code 
 A wrong rollout that the teacher did not score, or rules out, leaves its group (a score of 0 would win the largest
 weight there); so does a rollout without a verdict.
 
-Neutral: route all_wrong, wrong_loss full, teacher_weight uniform, weight_scale mean_one, denominator path_tokens.
+Neutral: route all_wrong, truncated wrong, wrong_loss full, teacher_weight uniform, weight_scale mean_one, denominator
+         path_tokens.
 Not zero at teacher := student: the correct path raises its own likelihood.
 Differs: the released scripts weigh correct rollouts *down* with perplexity (`scope_official_code`, student_weight
          low_ppl), against their own documentation; the repository's default also reverses the teacher's direction.
@@ -260,7 +261,7 @@ class SCOPE(Method):
         correct = {"likelihood": self.trains["correct"] and self.route == "verifier"}
         return {
             "divergence": "+".join(k for k, v in {"reverse_kl": self.trains["wrong"], **correct}.items() if v),
-            "estimator": forms.get(self.wrong_loss, "sampled"),
+            "estimator": forms.get(self.wrong_loss, "k1_ratio"),
             "denominator": "tokens" if alike else self.denominator,
         }
 
