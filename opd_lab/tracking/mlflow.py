@@ -58,6 +58,7 @@ def open_store(uri: str | None, folder: Path, experiment: str) -> Store:
     from filelock import FileLock
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     for noisy in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -79,11 +80,11 @@ def open_store(uri: str | None, folder: Path, experiment: str) -> Store:
             if uri.startswith("sqlite:///"):
                 with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as database:
                     database.execute("PRAGMA journal_mode=WAL")
-    except (OSError, MlflowException, ValueError, sqlite3.Error) as error:
+    except (OSError, MlflowException, SQLAlchemyError, sqlite3.Error, ValueError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise ValueError(
             f"tracking.uri must be a store that can be written (SQLite file, database or MLflow server), got {uri}: "
-            f"{type(error).__name__}: {error}; choose another tracking.folder or tracking.uri, or set tracking.mlflow "
-            "to false"
+            f"{reason}; choose another tracking.folder or tracking.uri, or set tracking.mlflow to false"
         ) from error
     return Store(client, uri, experiment_id)
 

@@ -1,0 +1,87 @@
+"""The scalars of a step, worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opd_lab.diagnostics.positions import profile
+from opd_lab.diagnostics.summary import quantile, repetition, scalars
+from opd_lab.types import LOGP_STUDENT, LOGP_TEACHER, REVERSE_KL, Batch
+from tests.diagnostics.batches import NAN, random_batch, rollouts_of, with_signals
+
+ROLLOUTS = rollouts_of([[7], [7, 7]], [[1, 2, 3, 4], [5, 6]], rewards=[1.0, 0.0])
+BATCH = with_signals(
+    ROLLOUTS,
+    {
+        REVERSE_KL: torch.tensor([[1.0, 2.0, 3.0, 10.0], [0.0, 4.0, 99.0, 99.0]]),
+        LOGP_STUDENT: torch.tensor([[-1.0, -1.0, -1.0, -1.0], [-1.0, -1.0, 0.0, 0.0]]),
+        LOGP_TEACHER: torch.tensor([[-2.0, -2.0, -2.0, 0.0], [-1.0, NAN, 0.0, 0.0]]),
+    },
+)
+WEIGHTS = {"opd": torch.tensor([[1.0, 1.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]])}
+
+
+def test_all_generated_tokens_count_those_of_weight_zero_included() -> None:
+    found = scalars(BATCH, WEIGHTS, 0.5)
+    assert found["kl/reverse_mean_nats"] == pytest.approx(20 / 6)
+    assert found["kl/reverse_p50_nats"] == 2.0  # 0 1 2 | 3 4 10
+    assert found["kl/reverse_p90_nats"] == found["kl/reverse_p99_nats"] == 10.0
+    assert found["high_loss/kl_share_fraction"] == pytest.approx(17 / 20)  # 3 + 4 + 10
+    assert found["weight/zero_fraction"] == pytest.approx(3 / 6)
+    assert found["weight/effective_fraction"] == pytest.approx(16 / (6 * 6))  # (1 + 1 + 2)^2 / (6 (1 + 1 + 4))
+    assert found["rollout/length_mean_tokens"] == 3.0
+    assert found["rollout/truncated_fraction"] == 0.5
+    assert found["rollout/reward_mean_fraction"] == 0.5
+
+
+def test_a_token_without_a_score_is_left_out_and_counted() -> None:
+    found = scalars(BATCH, WEIGHTS, 0.5)
+    assert found["teacher/unscored_fraction"] == pytest.approx(1 / 6)
+    assert found["gap/mean_nats"] == pytest.approx((1 + 1 + 1 - 1 + 0) / 5)
+    assert found["gap/std_nats"] == pytest.approx(((3 * 0.6**2 + 1.4**2 + 0.4**2) / 5) ** 0.5)
+
+
+def test_what_does_not_exist_is_absent() -> None:
+    bare = Batch(rollouts_of([[7]], [[1, 2]]), {})
+    found = scalars(bare, {}, 0.9)
+    assert set(found) == {"rollout/length_mean_tokens", "rollout/truncated_fraction"}
+    nothing = with_signals(rollouts_of([[7]], [[1, 2]]), {REVERSE_KL: torch.zeros(1, 2)})
+    assert "high_loss/kl_share_fraction" not in scalars(nothing, {}, 0.9)
+
+
+def test_quantiles_are_values_that_occur() -> None:
+    values_N = torch.tensor([3.0, 1.0, 2.0, 4.0]).double()
+    assert [quantile(values_N, q) for q in (0.0, 0.25, 0.5, 0.51, 1.0)] == [1, 1, 2, 3, 4]
+
+
+def test_repeated_four_grams() -> None:
+    # 1 2 3 4 1 2 3 4 1: six 4-grams, the last two seen before; the other rollout's are its own.
+    ids_BT = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4, 1], [1, 2, 3, 4, 0, 0, 0, 0, 0]])
+    mask_BT = ids_BT > 0
+    assert repetition(ids_BT, mask_BT) == pytest.approx(2 / 7)
+    assert repetition(ids_BT[1:, :3], mask_BT[1:, :3]) is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_repetition_equals_a_naive_count(seed: int) -> None:
+    ids_BT = torch.randint(0, 3, (5, 30), generator=torch.Generator().manual_seed(seed))
+    grams = [[tuple(row[t : t + 4]) for t in range(27)] for row in ids_BT.tolist()]
+    repeated = sum(len(row) - len(set(row)) for row in grams)
+    assert repetition(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool)) == pytest.approx(repeated / (5 * 27))
+
+
+def test_the_order_of_rollouts_changes_nothing() -> None:
+    batch = random_batch(0)
+    order_B = torch.tensor([3, 1, 5, 0, 2, 4])
+    other = Batch(batch.rollouts.rows(order_B), {s: v[order_B] for s, v in batch.signals.items()})
+    weights = {"opd": batch.rollouts.mask_BT.float()}
+    found = scalars(batch, weights, 0.9)
+    assert scalars(other, {"opd": weights["opd"][order_B]}, 0.9) == pytest.approx(found, rel=1e-12)
+
+
+def test_the_profile_covers_every_token_once() -> None:
+    rows = profile(BATCH)
+    # four tokens: deciles 0 2 5 7; two tokens: deciles 0 5
+    assert [(row["decile"], row["tokens"]) for row in rows] == [(0, 2), (2, 1), (5, 2), (7, 1)]
+    assert [row["kl_reverse_mean_nats"] for row in rows] == [0.5, 2.0, 3.5, 10.0]

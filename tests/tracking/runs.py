@@ -1,0 +1,82 @@
+"""Runs and trackers for the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from opd_lab.diagnostics.histograms import count
+from opd_lab.tracking.tracker import RunInfo, Tracker
+from opd_lab.types import Report
+
+
+def info(folder: Path, step: int = 0, **fields: Any) -> RunInfo:
+    known: dict[str, Any] = {
+        "name": folder.name,
+        "experiment": "tests",
+        "folder": folder,
+        "params": {"seed": 0, "optim.betas[0]": 0.9},
+        "tags": {"method": "opd"},
+        "config_yaml": "seed: 0\n",
+        "dataset": {"name": "lab", "source": "arithmetic", "digest": "0" * 64},
+        "step": step,
+    }
+    return RunInfo(**known | fields)
+
+
+def report(step: int) -> Report:
+    """The same for the same step, but for the time."""
+    g = torch.Generator().manual_seed(step)
+    return Report(
+        step,
+        {
+            "kl/reverse_mean_nats": float(torch.rand((), generator=g, dtype=torch.float64)),
+            "eval/pass@1": step / 7,
+            "time/step_seconds": float(torch.rand(())),
+        },
+        {"kl/reverse_nats": count(torch.rand(20, generator=g), "kl_nats")},
+        {
+            "high_loss_tokens": [{"step": step, "rank": 0, "token": "a", "count": step + 1}],
+            "rollouts": [{"uid": step, "reward": float("nan"), "prompt": "p", "text": "t", "kl": [0.5, float("nan")]}],
+        },
+    )
+
+
+class Flaky:
+    """Takes what it gets while it is up."""
+
+    name: ClassVar[str] = "flaky"
+    remote: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.up, self.got, self.tries = True, [], 0
+
+    def start(self, run: RunInfo) -> None:
+        self.take("start")
+
+    def log(self, report: Report) -> None:
+        self.take(report.step)
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        self.take((path, folder))
+
+    def tag(self, name: str, value: str) -> None:
+        self.take((name, value))
+
+    def finish(self, status: str) -> None:
+        self.take(status)
+
+    def take(self, what: Any) -> None:
+        self.tries += 1
+        if not self.up:
+            raise ConnectionError("the store is away")
+        self.got.append(what)
+
+
+class RemoteFlaky(Flaky):
+    remote: ClassVar[bool] = True
+
+
+_: type[Tracker] = Flaky

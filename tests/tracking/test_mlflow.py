@@ -1,0 +1,158 @@
+"""MLflow, really: a SQLite store in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opd_lab.tracking.mlflow import MLflow, key, open_store
+from opd_lab.tracking.replay import rebuild
+from opd_lab.tracking.run_folder import RunFolder
+from opd_lab.tracking.tracker import FanOut
+from opd_lab.types import Report
+from tests.tracking.runs import info, report
+
+# MLflow's own table definitions use a loader that SQLAlchemy 2.1 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store for the module: a new one takes seconds."""
+    return tmp_path_factory.mktemp("store")
+
+
+def client_of(home: Path) -> Any:
+    return open_store(None, home, "tests").client
+
+
+def test_a_run_with_everything(home: Path) -> None:
+    tracker = MLflow(None, home)
+    fan = FanOut([RunFolder(), tracker])
+    folder = home / "whole"
+    fan.start(info(folder, params={"seed": 0, "optim.betas[0]": 0.9, "long": "x" * 7000}, parent="abc"))
+    for step in range(3):
+        fan.log(report(step))
+    fan.log(Report(3, {"kl/reverse_mean_nats": math.inf}))
+    fan.tag("best@1", "2")
+    fan.finish("FINISHED")
+    client = client_of(home)
+    run = client.get_run(tracker.run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "whole")
+    assert run.data.params["optim.betas_0_"] == "0.9"
+    assert len(run.data.params["long"]) == 6000
+    assert run.data.tags["method"] == "opd" and run.data.tags["best_at_1"] == "2"
+    assert run.data.tags["mlflow.parentRunId"] == "abc"
+    history = client.get_metric_history(tracker.run_id, "eval/pass_at_1")
+    assert [(m.step, m.value) for m in history] == [(0, 0), (1, 1 / 7), (2, 2 / 7)]
+    assert math.isnan(client.get_metric_history(tracker.run_id, "kl/reverse_mean_nats")[-1].value)
+    assert run.inputs.dataset_inputs[0].dataset.name == "lab"
+    files = {f.path for f in client.list_artifacts(tracker.run_id)}
+    assert {"config.yaml", "metrics.parquet", "histograms.parquet", "high_loss_tokens.json", "rollouts"} <= files
+    pictures = [f.path for f in client.list_artifacts(tracker.run_id, "images") if f.path.endswith(".png")]
+    assert sorted(path.split("+")[2] for path in pictures) == ["0", "1", "2"]
+    table = json.loads(Path(client.download_artifacts(tracker.run_id, "high_loss_tokens.json")).read_text())
+    assert table == {"columns": ["step", "rank", "token", "count"], "data": [[2, 0, "a", 3]]}  # the last report's
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"])[0]["type"] == "table"
+
+
+def test_a_resumed_run_goes_on_in_its_own_run(home: Path) -> None:
+    folder = home / "resumed"
+    first, second = MLflow(None, home), MLflow(None, home)
+    first.start(info(folder))
+    first.log(report(0))
+    first.finish("KILLED")
+    second.start(info(folder, step=1))
+    assert second.run_id == first.run_id
+    assert client_of(home).get_run(second.run_id).info.status == "RUNNING"
+    second.log(report(1))
+    second.finish("FINISHED")
+    history = client_of(home).get_metric_history(second.run_id, "kl/reverse_mean_nats")
+    assert [m.step for m in history] == [0, 1]
+
+
+def test_a_run_made_by_a_parent_is_taken_over(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(None, home, "tests")
+    made = store.client.create_run(store.experiment_id).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    tracker = MLflow(None, home)
+    tracker.start(info(home / "child"))
+    tracker.finish("FINISHED")
+    assert tracker.run_id == made
+
+
+def test_a_lost_store_is_rebuilt_from_the_run_folder(home: Path) -> None:
+    folder = home / "lost"
+    fan = FanOut([RunFolder()])
+    fan.start(info(folder))
+    for step in range(2):
+        fan.log(report(step))
+    fan.finish("FAILED")
+    tracker = MLflow(None, home)
+    rebuild(folder, tracker)
+    run = client_of(home).get_run(tracker.run_id)
+    assert run.info.status == "FAILED"
+    assert run.data.metrics["eval/pass_at_1"] == 1 / 7
+
+
+def test_the_store_is_in_wal_mode_with_absolute_artifacts(home: Path) -> None:
+    with closing(sqlite3.connect(home / "mlflow.db")) as database:
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    location = client_of(home).get_experiment_by_name("tests").artifact_location
+    assert location == (home / "artifacts").resolve().as_uri()
+
+
+def test_a_store_that_cannot_be_written_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ValueError, match=r"tracking.uri must be a store .*, got sqlite.*; choose another"):
+        open_store(None, tmp_path / "file", "tests")
+    (tmp_path / "mlflow.db").write_text("not a database" * 100)
+    with pytest.raises(ValueError, match=r"not a database.*; choose another"):
+        open_store(None, tmp_path, "tests")
+
+
+def _open(home: Path, out: Any) -> None:
+    out.put(open_store(None, home, "tests").experiment_id)
+
+
+@pytest.mark.slow
+def test_processes_that_open_a_new_store_at_once_agree(tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    out = spawn.Queue()
+    children = [spawn.Process(target=_open, args=(tmp_path, out)) for _ in range(2)]
+    for child in children:
+        child.start()
+    experiments = {out.get(timeout=60) for _ in children}
+    for child in children:
+        child.join()
+    out.close()
+    assert [child.exitcode for child in children] == [0, 0]
+    assert len(experiments) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("eval/pass@1", "eval/pass_at_1"),
+        ("optim.betas[0]", "optim.betas_0_"),
+        ("a=b,c", "a_b_c"),
+        ("a//b", "a/b"),
+        ("../x", "x"),
+        ("kl/reverse_mean_nats", "kl/reverse_mean_nats"),
+        ("k" * 300, "k" * 250),
+    ],
+)
+def test_names_that_mlflow_takes(name: str, allowed: str) -> None:
+    assert key(name) == allowed
+
+
+def test_the_run_folder_knows_its_mlflow_run(home: Path) -> None:
+    known = json.loads((home / "whole" / "mlflow.json").read_text())
+    assert client_of(home).get_run(known["run_id"]).info.run_name == "whole"

@@ -1,0 +1,117 @@
+"""The run folder: the same run leaves the same bytes, whether or not it was interrupted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from opd_lab.tracking import read
+from opd_lab.tracking.replay import reports
+from opd_lab.tracking.run_folder import RunFolder
+from tests.tracking.runs import info, report
+
+
+def run(folder: Path, steps: range, *, finish: str | None = "FINISHED") -> Path:
+    tracker = RunFolder()
+    tracker.start(info(folder, step=steps.start))
+    for step in steps:
+        tracker.log(report(step))
+    if finish:
+        tracker.finish(finish)
+    return folder
+
+
+def test_two_runs_of_one_seed_have_the_same_metrics_byte_for_byte(tmp_path: Path) -> None:
+    one, other = run(tmp_path / "a", range(3)), run(tmp_path / "b", range(3))
+    for name in ("metrics", "histograms", "high_loss_tokens", "rollouts"):
+        assert (one / f"{name}.parquet").read_bytes() == (other / f"{name}.parquet").read_bytes()
+    assert (one / "timing.parquet").read_bytes() != (other / "timing.parquet").read_bytes()
+
+
+@pytest.mark.parametrize("end", [None, "KILLED", "FINISHED"])
+def test_a_resumed_run_leaves_what_the_whole_run_leaves(tmp_path: Path, end: str | None) -> None:
+    whole = run(tmp_path / "a", range(6))
+    run(tmp_path / "b", range(5), finish=end)  # two steps beyond its last checkpoint
+    parts = run(tmp_path / "b", range(3, 6))
+    assert (whole / "metrics.parquet").read_bytes() == (parts / "metrics.parquet").read_bytes()
+    for name in ("histograms", "high_loss_tokens", "rollouts"):
+        assert repr(read.table(whole, name)) == repr(read.table(parts, name))
+        assert read.table(parts, name).step.to_list() == list(range(6))
+    assert not list(parts.rglob("*.tmp")) and not (parts / "segments").exists()
+
+
+def test_a_line_torn_by_a_crash_is_dropped(tmp_path: Path) -> None:
+    folder = run(tmp_path / "a", range(3), finish=None)
+    with (folder / "journal.jsonl").open("a") as file:
+        file.write('{"step": 3, "scal')
+    assert sorted(set(read.metrics(folder).step)) == [0, 1, 2]
+    run(folder, range(3, 4))
+    assert sorted(set(read.metrics(folder).step)) == [0, 1, 2, 3]
+
+
+def test_a_finished_run_is_not_overwritten_and_a_failed_start_is(tmp_path: Path) -> None:
+    run(tmp_path / "a", range(2), finish="FAILED")
+    run(tmp_path / "a", range(1))
+    assert sorted(set(read.metrics(tmp_path / "a").step)) == [0]
+    with pytest.raises(ValueError, match="holds a finished run; choose another name"):
+        run(tmp_path / "a", range(1))
+
+
+def test_a_running_run_can_be_read(tmp_path: Path) -> None:
+    folder = run(tmp_path / "a", range(2), finish=None)
+    values = read.metrics(folder).query("name == 'eval/pass@1'").value
+    assert values.to_list() == [0, 1 / 7]
+    assert len(read.histograms(folder)) == 2
+    (row,) = read.runs(tmp_path).to_dict("records")
+    assert (row["run"], row["status"], row["method"], row["seed"]) == ("a", "RUNNING", "opd", 0)
+
+
+def test_a_resumed_run_keeps_its_start_and_tells_of_a_changed_config(tmp_path: Path) -> None:
+    folder = run(tmp_path / "a", range(2), finish=None)
+    started = json.loads((folder / "status.json").read_text())["started"]
+    RunFolder().start(info(folder, step=2, config_yaml="seed: 1\n"))
+    assert json.loads((folder / "status.json").read_text())["started"] == started
+    assert (folder / "config.yaml").read_text() == "seed: 0\n"
+    assert (folder / "config.from_step_2.yaml").read_text() == "seed: 1\n"
+
+
+def test_tags_and_files_are_kept(tmp_path: Path) -> None:
+    tracker = RunFolder()
+    tracker.start(info(tmp_path / "a"))
+    tracker.tag("best", "3")
+    (tmp_path / "note.txt").write_text("n")
+    tracker.artifact(tmp_path / "note.txt", "notes")
+    assert read.status(tmp_path / "a")["tags"] == {"method": "opd", "best": "3"}
+    assert (tmp_path / "a" / "notes" / "note.txt").read_text() == "n"
+    assert "torch==" in (tmp_path / "a" / "environment.txt").read_text()
+
+
+def test_columns_may_appear_later_and_change_from_whole_numbers(tmp_path: Path) -> None:
+    tracker = RunFolder()
+    tracker.start(info(tmp_path / "a"))
+    for step, rows in enumerate([[{"a": 1}], [{"a": 1.5, "b": "x"}], [{"a": None, "b": None}], []]):
+        first = report(step)
+        first.tables = {"mine": rows}
+        tracker.log(first)
+    tracker.finish("FINISHED")
+    found = read.read_table(tmp_path / "a", "mine").to_pylist()
+    assert [(row["step"], row["a"], row["b"]) for row in found] == [(0, 1, None), (1, 1.5, "x"), (2, None, None)]
+
+
+def test_a_run_can_be_replayed_from_its_folder(tmp_path: Path) -> None:
+    folder = run(tmp_path / "a", range(3))
+    for step, again in enumerate(reports(folder)):
+        before = report(step)
+        assert again.step == step
+        assert again.scalars["kl/reverse_mean_nats"] == before.scalars["kl/reverse_mean_nats"]
+        assert again.histograms["kl/reverse_nats"].counts_K.tolist() == (
+            before.histograms["kl/reverse_nats"].counts_K.tolist()
+        )
+        assert again.tables["high_loss_tokens"][0]["count"] == step + 1
+
+
+def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"folders that hold some \(status.json\), got .*; start one"):
+        read.runs(tmp_path)
