@@ -61,7 +61,9 @@ def test_a_sampled_rollout_has_a_value_for_each_of_its_tokens() -> None:
         length = int((batch.rollouts.source_BT[b] > 0).sum())
         assert row["ids"] == batch.rollouts.response_BT[b, :length].tolist()
         assert "".join(row["tokens"]) == row["text"] == decode(row["ids"])
-        assert row["prompt"] == decode([i for i in batch.rollouts.ids_BL[b, : -batch.rollouts.source_BT.shape[1]] if i])
+        assert row["prompt"] == decode(
+            [i for i in batch.rollouts.ids_BL[b, : batch.rollouts.prompt_columns].tolist() if i]
+        )
         for name in ("logp_student", "logp_teacher", "reverse_kl", "entropy_teacher", "weight", "loss", "source"):
             assert len(row[name]) == length
     assert rows[0]["source"][:2] == ["given", "student"]
