@@ -11,14 +11,12 @@ from dataclasses import replace
 
 import torch
 
+from opd_lab.chunk import States, measure, of_the_student, teacher_must
 from opd_lab.data.grading import rates
-from opd_lab.methods.base import Method
-from opd_lab.models import LM
 from opd_lab.settings import RunSettings
-from opd_lab.signals import States, measure, teacher_must
-from opd_lab.step import Gradient, Scorer, accumulate_gradient, whole_batch
+from opd_lab.step import Gradient, Scorer, StatesOf, accumulate_gradient, whole_batch
 from opd_lab.train import Parts
-from opd_lab.types import LOGP_STUDENT, Behavior, Facts, Rollouts
+from opd_lab.types import LOGP_STUDENT, Behavior, Facts, Rollouts, Signal
 
 ROWS = 8  # rollouts sampled for the checks
 KNOWN = 16  # known answers shown to the grader
@@ -42,14 +40,16 @@ class Twin:
 
     name = "twin"
 
-    def __init__(self, states: Callable[[Rollouts], States], like: Scorer, shift: int = 0) -> None:
+    def __init__(self, states: StatesOf, like: Scorer, shift: int = 0) -> None:
         self._states, self._shift, self.provides, self.continue_ = states, shift, like.provides, like.continue_
 
-    def view(self, rollouts: Rollouts) -> States:
+    def view(self, rollouts: Rollouts, signals: frozenset[Signal]) -> States:
         with torch.no_grad():
-            hidden_NH, head = self._states(rollouts)
-        bias_V = None if head.bias_V is None else head.bias_V.detach().roll(self._shift, 0)
-        return States(hidden_NH, replace(head, weight_VH=head.weight_VH.detach().roll(self._shift, 0), bias_V=bias_V))
+            seen = self._states(rollouts, of_the_student(signals))
+        bias_V = None if seen.head.bias_V is None else seen.head.bias_V.detach().roll(self._shift, 0)
+        head = replace(seen.head, weight_VH=seen.head.weight_VH.detach().roll(self._shift, 0), bias_V=bias_V)
+        layers = {signal: layers_NDH.roll(self._shift, -1) for signal, layers_NDH in seen.layers.items()}
+        return States(seen.hidden_NH, head, layers)
 
 
 def probe(settings: RunSettings, parts: Parts) -> Rollouts:
@@ -68,14 +68,14 @@ def probe(settings: RunSettings, parts: Parts) -> Rollouts:
 
 
 def gradient_of(
-    method: Method, rollouts: Rollouts, student: LM, teacher: Scorer, micro_batch: int, chunk: int
+    parts: Parts, rollouts: Rollouts, teacher: Scorer, micro_batch: int, chunk: int
 ) -> tuple[Gradient, torch.Tensor]:
     """The step's gradient as one flat vector; the student is left without any."""
+    method, student = parts.method, parts.student
     batch, views = whole_batch(
         method,
         rollouts,
-        student.states,
-        teacher,
+        parts.models._replace(teacher=teacher),
         state=method.init_state(),
         step=0,
         seed=0,
@@ -85,7 +85,7 @@ def gradient_of(
     student.module.requires_grad_(True)
     student.module.zero_grad(set_to_none=True)
     found = accumulate_gradient(
-        method, batch, method.weights(batch), student.states, views, micro_batch=micro_batch, chunk=chunk
+        method, batch, method.weights(batch), parts.models.student, views, micro_batch=micro_batch, chunk=chunk
     )
     flat = torch.cat(
         [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in student.module.parameters()]
@@ -110,7 +110,7 @@ def first_step(settings: RunSettings, parts: Parts) -> list[str]:
     chunk = settings.optim.chunk_tokens
 
     def gradient(teacher: Scorer, micro_batch: int = len(rollouts)) -> tuple[Gradient, torch.Tensor]:
-        return gradient_of(parts.method, rollouts, parts.student, teacher, micro_batch, chunk)
+        return gradient_of(parts, rollouts, teacher, micro_batch, chunk)
 
     found, whole = gradient(parts.teacher)
     if not math.isfinite(found.objective) or not bool(whole.isfinite().all()):
@@ -169,12 +169,12 @@ def _teacher_counts(
     parts: Parts, gradient: Callable[[Scorer], tuple[Gradient, torch.Tensor]], whole: torch.Tensor
 ) -> list[str]:
     seen = []
-    _, other = gradient(Twin(parts.student.states, parts.teacher, shift=1))
+    _, other = gradient(Twin(parts.models.student, parts.teacher, shift=1))
     if torch.equal(other, whole):
         raise ValueError("another teacher gives the very same gradient: the teacher never reaches the loss")
     seen.append("another teacher gives another gradient")
     if parts.method.not_zero_at_teacher is None:
-        found, zero = gradient(Twin(parts.student.states, parts.teacher))
+        found, zero = gradient(Twin(parts.models.student, parts.teacher))
         ratio = float(zero.norm() / whole.norm())
         if abs(found.objective) > 1e-4 or ratio > 1e-3:
             raise ValueError(

@@ -15,9 +15,9 @@ from typing import Protocol
 
 import torch
 
+from opd_lab.chunk import measure
 from opd_lab.models import LM, evaluating
 from opd_lab.rollout.torch_engine import TorchEngine
-from opd_lab.signals import measure
 from opd_lab.step import Scorer
 from opd_lab.types import REVERSE_KL, Behavior, Rollouts
 
@@ -117,6 +117,7 @@ def _reverse_kl(student: LM, teacher: Scorer | None, rollouts: Rollouts, chunk: 
         for index in order_B.split(micro_batch):
             rows = rollouts.rows(index)
             ids_N = rows.response_BT[rows.mask_BT]
-            seen = measure(frozenset({REVERSE_KL}), ids_N, student.states(rows), teacher.view(rows), chunk=chunk)
+            wanted = frozenset({REVERSE_KL})
+            seen = measure(wanted, ids_N, student.states(rows), teacher.view(rows, wanted), chunk=chunk)
             total += float(seen[REVERSE_KL].double().sum())
     return total / int(rollouts.length_B.sum())

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from opd_lab.chunk import Head, States
 from opd_lab.settings import ModelSettings
-from opd_lab.signals import Head, States
-from opd_lab.types import Rollouts, Source
+from opd_lab.types import Rollouts, Signal, Source
 
 ZOO = Path(__file__).parent / "zoo"
 LAB = "lab:"
@@ -63,24 +63,36 @@ class LM:
         pad: Any = self.tokenizer.pad_token_id
         return 0 if pad is None else pad
 
-    def states(self, rollouts: Rollouts) -> States:
-        """The hidden states that predict the generated tokens, in row-major order of `mask_BT`.
+    def states(self, rollouts: Rollouts, layers: frozenset[Signal] = frozenset()) -> States:
+        """The hidden states that predict the generated tokens, in row-major order of `mask_BT`; and those of chosen
+        blocks, under the ownerless `hidden` signals given.
 
         Columns that are padding in every rollout given are left out of the forward pass. The caller decides on gradient
         (`torch.no_grad`) and dropout (`evaluating`).
         """
-        mask_BT = rollouts.mask_BT
         columns = rollouts.attention_BL.any(0).nonzero()[:, 0]
-        first, last = int(columns[0]), int(columns[-1])  # the last token predicts nothing
+        reading = any(dict(signal.args)["align"] == "token" for signal in layers)
+        first, last = int(columns[0]), int(columns[-1]) + reading  # the last token predicts nothing
         attention_BL = rollouts.attention_BL[:, first:last]
-        hidden_BLH = self.body(
+        out = self.body(
             input_ids=rollouts.ids_BL[:, first:last],
             attention_mask=attention_BL,
             position_ids=positions(attention_BL),
             use_cache=False,
-        ).last_hidden_state
-        predicting_BT = mask_BT[:, : last - rollouts.prompt_columns + 1]
-        return States(hidden_BLH[:, rollouts.prompt_columns - 1 - first :][predicting_BT], self.head)
+            output_hidden_states=bool(layers),
+        )
+
+        def rows(state_BLH: Tensor, align: str) -> Tensor:
+            begin = rollouts.prompt_columns - first - (align == "predict")
+            window_BTH = state_BLH[:, begin:]
+            return window_BTH[rollouts.mask_BT[:, : window_BTH.shape[1]]]
+
+        chosen = {}
+        for signal in layers:
+            wanted = dict(signal.args)
+            blocks = [rows(out.hidden_states[block], str(wanted["align"])) for block in wanted["layers"]]
+            chosen[signal] = torch.stack(blocks, 1)
+        return States(rows(out.last_hidden_state, "predict"), self.head, chosen)
 
     def texts(self, rollouts: Rollouts) -> list[str]:
         """The responses as text, without the stop token and other special tokens."""

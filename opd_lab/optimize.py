@@ -11,8 +11,7 @@ from torch import Tensor
 from opd_lab.methods.base import Method
 from opd_lab.models import LM
 from opd_lab.settings import OptimSettings
-from opd_lab.signals import TeacherView
-from opd_lab.step import Gradient, accumulate_gradient
+from opd_lab.step import Gradient, StatesOf, View, accumulate_gradient
 from opd_lab.types import LOGP_OLD, LOGP_STUDENT, Batch, Signal
 
 
@@ -48,8 +47,8 @@ def adamw(student: LM, optim: OptimSettings) -> torch.optim.AdamW:
 def learn(
     method: Method,
     batch: Batch,
-    views: list[TeacherView],
-    student: LM,
+    views: list[View],
+    student: StatesOf,
     optimizer: torch.optim.Optimizer,
     optim: OptimSettings,
     *,
@@ -72,14 +71,14 @@ def learn(
             method,
             batch,
             weights,
-            student.states,
+            student,
             views,
             micro_batch=optim.micro_batch,
             chunk=optim.chunk_tokens,
             record=(record | ({LOGP_STUDENT} if several else set())) if first is None else frozenset(),
             old=None if first is None else {LOGP_OLD: first.signals[LOGP_OLD]},
         )
-        now = _apply(optimizer, student, gradient, batch, optim.clip_norm)
+        now = _apply(optimizer, gradient, batch, optim.clip_norm)
         skipped += now == 0.0
         if first is None:
             first, norm = gradient, now
@@ -87,11 +86,9 @@ def learn(
     return Learned(first, weights, norm, skipped)
 
 
-def _apply(
-    optimizer: torch.optim.Optimizer, student: LM, gradient: Gradient, batch: Batch, clip_norm: float | None
-) -> float:
+def _apply(optimizer: torch.optim.Optimizer, gradient: Gradient, batch: Batch, clip_norm: float | None) -> float:
     """One optimizer step, or none where the gradient is 0; returns the gradient's norm before clipping."""
-    parameters = [p for p in student.module.parameters() if p.grad is not None]
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if not (math.isfinite(norm) and math.isfinite(gradient.objective)):
         raise DivergedError(_where(gradient, batch, norm))

@@ -28,7 +28,8 @@ class Show:
         if self._bars is not None and self._row is not None:
             self._bars.update(self._row, completed=progress.step, said=said)
         elif progress.step % max(1, self._steps // LINES) == 0 or progress.step == self._steps:
-            self._console.print(f"{self._name}  step {progress.step}/{progress.steps}  {said}", highlight=False, soft_wrap=True)
+            line = f"{self._name}  step {progress.step}/{progress.steps}  {said}"
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         self._console.print(f"{self._name}: {text}", highlight=False, markup=False, soft_wrap=True)

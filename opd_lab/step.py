@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from opd_lab.chunk import Declared, States, TeacherView, measure, reads
 from opd_lab.methods.base import Ask, Method
-from opd_lab.signals import Declared, States, TeacherView, measure, objective, reads_student, teacher_must
+from opd_lab.signals import objective
 from opd_lab.types import (
     ENTROPY_STUDENT,
     LOGP_OLD,
@@ -36,12 +37,27 @@ class Scorer(Ask, Protocol):
     name: str
     provides: frozenset[str]
 
-    def view(self, rollouts: Rollouts) -> TeacherView:
-        """What it says of the generated tokens, in the order of `rollouts.mask_BT`."""
+    def view(self, rollouts: Rollouts, signals: frozenset[Signal]) -> TeacherView:
+        """What these signals need it to say of the generated tokens, in the order of `rollouts.mask_BT`."""
         ...
 
 
-StatesOf = Callable[[Rollouts], States]
+StatesOf = Callable[[Rollouts, frozenset[Signal]], States]  # states for these signals, in the order of the mask
+
+
+class Models(NamedTuple):
+    """Everyone who has a say in a step."""
+
+    student: StatesOf
+    teacher: Scorer
+    reference: StatesOf | None = None  # the frozen initial student
+
+
+class View(NamedTuple):
+    """What everyone but the student says of the tokens of a micro-batch."""
+
+    teacher: TeacherView | None
+    reference: States | None
 
 
 def micro_batches(rows: int, size: int) -> list[slice]:
@@ -51,37 +67,42 @@ def micro_batches(rows: int, size: int) -> list[slice]:
 def whole_batch(
     method: Method,
     rollouts: Rollouts,
-    student: StatesOf,
-    teacher: Scorer,
+    models: Models,
     *,
     state: State,
     step: int,
     seed: int,
     micro_batch: int,
     chunk: int,
-) -> tuple[Batch, list[TeacherView]]:
-    """Everything that exists before the first gradient: the teacher's view of each micro-batch, and the signals that
-    the method declared for the whole batch, computed only where the rollouts do not carry them."""
-    wanted = method.needs().batch
-    ask_for = frozenset(wanted - FREE.keys())
-    signals = {s: getattr(rollouts, FREE[s]) for s in wanted & FREE.keys()}
+    record: frozenset[Signal] = frozenset(),
+) -> tuple[Batch, list[View]]:
+    """Everything that exists before the first gradient: what the others say of each micro-batch, and the signals that
+    the method declared for the whole batch, computed only where the rollouts do not carry them. `record` names the
+    signals that the diagnostics will want beside the method's."""
+    needs = method.needs()
+    asked = needs.batch | needs.tokens | record
+    ask_for = frozenset(needs.batch - FREE.keys())
+    signals = {s: getattr(rollouts, FREE[s]) for s in needs.batch & FREE.keys()}
     parts: dict[Signal, list[Tensor]] = {signal: [] for signal in ask_for}
-    views: list[TeacherView] = []
-    with_student = any(reads_student(signal) for signal in ask_for)
-    with_teacher = bool(teacher_must(ask_for | method.needs().tokens)) or bool(teacher.provides & {"full", "sampled"})
+    views: list[View] = []
     with torch.no_grad():
         for rows in micro_batches(len(rollouts), micro_batch):
             part = rollouts.rows(rows)
-            views.append(teacher.view(part) if with_teacher else {})
+            view = View(
+                models.teacher.view(part, asked) if "teacher" in reads(asked) else None,
+                models.reference(part, asked) if models.reference and "reference" in reads(asked) else None,
+            )
+            views.append(view)
             if ask_for:
-                states = student(part) if with_student else None
-                seen = measure(ask_for, part.response_BT[part.mask_BT], states, views[-1], chunk=chunk)
+                states = models.student(part, ask_for) if "student" in reads(ask_for) else None
+                ids_N = part.response_BT[part.mask_BT]
+                seen = measure(ask_for, ids_N, states, view.teacher, chunk=chunk, reference=view.reference)
                 for signal, value_N in seen.items():
                     parts[signal].append(value_N)
         signals |= {signal: scatter(torch.cat(values), rollouts.mask_BT) for signal, values in parts.items()}
-        declared = Declared(signals, wanted, f"needs().batch of {type(method).__name__}")
+        declared = Declared(signals, needs.batch, f"needs().batch of {type(method).__name__}")
         batch = Batch(rollouts, declared, {}, state, step, seed)
-        return replace(batch, consulted=method.consult(teacher, batch)), views
+        return replace(batch, consulted=method.consult(models.teacher, batch)), views
 
 
 def tokens_of(batch: Batch, rows: slice, old: Mapping[Signal, Tensor] | None = None) -> Tokens:
@@ -125,7 +146,7 @@ def accumulate_gradient(
     batch: Batch,
     weights: Mapping[str, Tensor],
     student: StatesOf,
-    views: list[TeacherView],
+    views: list[View],
     *,
     micro_batch: int,
     chunk: int,
@@ -149,10 +170,11 @@ def accumulate_gradient(
             method.needs().tokens,
             {term: weight_BT[rows][mask_BT[rows]] for term, weight_BT in weights.items()},
             kept,
-            student(batch.rollouts.rows(rows)),
-            view,
+            student(batch.rollouts.rows(rows), method.needs().tokens),
+            view.teacher,
             chunk=chunk,
             record=record,
+            reference=view.reference,
         )
         if value.requires_grad:
             value.backward()

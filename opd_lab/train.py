@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from opd_lab import checkpoint
+from opd_lab.chunk import layers_of, teacher_must
 from opd_lab.data.prompts import Dataset, Example, PromptStream
 from opd_lab.diagnostics import RECORD, observe
 from opd_lab.diagnostics.high_loss import HighLoss
@@ -27,8 +28,7 @@ from opd_lab.models import LM
 from opd_lab.optimize import adamw, learn, learning_rate
 from opd_lab.rollout.torch_engine import TorchEngine
 from opd_lab.settings import RunSettings
-from opd_lab.signals import teacher_must
-from opd_lab.step import whole_batch
+from opd_lab.step import Models, StatesOf, View, whole_batch
 from opd_lab.teacher.local import LocalTeacher
 from opd_lab.tracking.tracker import Tracker
 from opd_lab.types import Batch, Behavior, Facts, Report, Rollouts, State
@@ -43,6 +43,15 @@ class Parts:
     engine: TorchEngine
     data: Dataset
     method: Method
+    reference: LM | None = None  # the frozen initial student, where the method asks for one
+
+    @property
+    def models(self) -> Models:
+        return Models(_states_of(self.student), self.teacher, _states_of(self.reference) if self.reference else None)
+
+
+def _states_of(lm: LM) -> StatesOf:
+    return lambda rollouts, signals: lm.states(rollouts, layers_of("student", signals))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +128,7 @@ class Trainer:
 
     # one step ---------------------------------------------------------------------------------------------------
 
-    def collect(self) -> tuple[Batch, list[Any]]:
+    def collect(self) -> tuple[Batch, list[View]]:
         """Prompts -> rollouts -> rewards -> what teacher and student say of them."""
         s, p = self.settings, self.parts
         examples = [e for e in self.stream.take(s.rollout.prompts) for _ in range(s.rollout.per_prompt)]
@@ -139,13 +148,13 @@ class Trainer:
             return whole_batch(
                 p.method,
                 rollouts,
-                p.student.states,
-                p.teacher,
+                p.models,
                 state=self.state,
                 step=self.step,
                 seed=s.seed,
                 micro_batch=o.micro_batch,
                 chunk=o.chunk_tokens,
+                record=self.record,
             )
 
     def graded(self, rollouts: Rollouts, examples: list[Example]) -> Rollouts:
@@ -168,7 +177,7 @@ class Trainer:
                 p.method,
                 batch,
                 views,
-                p.student,
+                p.models.student,
                 self.optimizer,
                 s.optim,
                 rate=learning_rate(s.optim, self.step, s.steps),
@@ -192,7 +201,7 @@ class Trainer:
             )
         tokens = int(batch.rollouts.length_B.sum())
         self.totals["generated_tokens"] += tokens
-        self.totals["teacher_scored_tokens"] += tokens if views and len(views[0]) else 0
+        self.totals["teacher_scored_tokens"] += tokens if any(view.teacher is not None for view in views) else 0
         seconds = time.perf_counter() - begin
         self.totals["seconds"] += seconds
         report.scalars |= {f"loss/{term}_value": value for term, value in gradient.values.items()}

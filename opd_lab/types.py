@@ -89,6 +89,11 @@ ENTROPY_STUDENT = Signal("entropy_student")
 ENTROPY_TEACHER = Signal("entropy_teacher")
 REVERSE_KL = Signal("reverse_kl")  # KL(student || teacher), full vocabulary
 FORWARD_KL = Signal("forward_kl")  # KL(teacher || student), full vocabulary
+LOGP_REFERENCE = Signal("logp_reference")  # the reference is the frozen initial student
+REFERENCE_KL = Signal("forward_kl_reference")  # KL(reference || student), full vocabulary
+FULL_STUDENT = Signal("full_student")  # log-probs of the whole vocabulary, shape NV: inside losses only
+FULL_TEACHER = Signal("full_teacher")
+FULL_REFERENCE = Signal("full_reference")
 RANK_TEACHER = Signal("rank_teacher")  # tokens that the teacher prefers to the sampled one
 
 
@@ -105,6 +110,13 @@ def topk(k: int, support: str) -> Signal:
 def overlap(k: int) -> Signal:
     """Share of the student's k likeliest tokens that are among the teacher's k likeliest."""
     return Signal("overlap", (("k", k),))
+
+
+def hidden(owner: str, layers: tuple[int, ...], align: str) -> Signal:
+    """Hidden states of blocks 1..depth of the student or the teacher, shape NDH: inside losses only. The last block's
+    are taken after the final norm. `align` predict: the state that predicts the token; token: the one that has read it.
+    """
+    return Signal("hidden", (("owner", owner), ("layers", layers), ("align", align)))
 
 
 class TopK(NamedTuple):
@@ -143,7 +155,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """N generated tokens on their way through the losses. `tokens[SIGNAL]` has shape N; the student's carry gradient."""
+    """N generated tokens on their way through the losses. `tokens[SIGNAL]` has shape N; the student's has gradient."""
 
     ids_N: Tensor
     row_N: Tensor  # the rollout's row in the batch

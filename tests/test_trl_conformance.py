@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from opd_lab import divergence as d
-from opd_lab.signals import States
+from opd_lab.chunk import States
 from opd_lab.types import jsd
 from tests.pair import LOGP, LOGQ, near
 from tests.signals.models import models, one

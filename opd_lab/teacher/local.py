@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opd_lab.chunk import States, layers_of
 from opd_lab.models import LM, evaluating
 from opd_lab.rollout.torch_engine import TorchEngine
-from opd_lab.signals import States
-from opd_lab.types import Behavior, Rollouts
+from opd_lab.types import Behavior, Rollouts, Signal
 
 
 @dataclass(slots=True)
@@ -22,10 +22,10 @@ class LocalTeacher:
     name: str = "local"
     provides: frozenset[str] = frozenset({"sampled", "topk", "full", "hidden", "text"})
 
-    def view(self, rollouts: Rollouts) -> States:
+    def view(self, rollouts: Rollouts, signals: frozenset[Signal] = frozenset()) -> States:
         """The states that predict the generated tokens, in row-major order of `mask_BT`, without gradient."""
         with torch.no_grad(), evaluating(self.lm.module):
-            return self.lm.states(rollouts)
+            return self.lm.states(rollouts, layers_of("teacher", signals))
 
     def continue_(self, rollouts: Rollouts, cuts_B: Tensor, *, samples: int, max_tokens: int) -> list[list[str]]:
         """`samples` texts per rollout from before token `cuts_B[b]`, at temperature 1. What a rollout draws depends on

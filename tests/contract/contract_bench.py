@@ -13,11 +13,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from opd_lab.chunk import Head, States
 from opd_lab.config import CONF, method_of
 from opd_lab.methods.base import Method
-from opd_lab.signals import Head, States
-from opd_lab.step import Gradient, accumulate_gradient, whole_batch
-from opd_lab.types import Behavior, Facts, Rollouts, Source
+from opd_lab.step import Gradient, Models, accumulate_gradient, whole_batch
+from opd_lab.types import Behavior, Facts, Rollouts, Signal, Source
 
 YAMLS = sorted((CONF / "method").glob("*.yaml"))
 V, H = 13, 6
@@ -35,13 +35,17 @@ class Bench:
     weight_VH: Tensor  # the student's only parameter
     features: Callable[[Rollouts], Tensor]  # NH, what the student's body would give
     teacher: Teacher
+    reference_VH: Tensor  # the frozen initial student's
 
-    def student(self, rollouts: Rollouts) -> States:
+    def student(self, rollouts: Rollouts, signals: frozenset[Signal] = frozenset()) -> States:
         return States(self.features(rollouts), Head(self.weight_VH))
+
+    def reference(self, rollouts: Rollouts, signals: frozenset[Signal]) -> States:
+        return States(self.features(rollouts), Head(self.reference_VH))
 
     def batch(self, micro_batch: int = 100) -> tuple[Any, list[Any]]:
         return whole_batch(
-            self.method, self.rollouts, self.student, self.teacher,
+            self.method, self.rollouts, Models(self.student, self.teacher, self.reference),
             state=self.method.init_state(), step=3, seed=0, micro_batch=micro_batch, chunk=4,
         )  # fmt: skip
 
@@ -69,7 +73,7 @@ class Teacher:
     name: str = "local"
     provides: frozenset[str] = frozenset({"sampled", "topk", "full", "hidden", "text"})
 
-    def view(self, rollouts: Rollouts) -> States:
+    def view(self, rollouts: Rollouts, signals: frozenset[Signal]) -> States:
         return States(self.features(rollouts), Head(self.weight_VH))
 
     def continue_(self, rollouts: Rollouts, cuts_B: Tensor, *, samples: int, max_tokens: int) -> list[list[str]]:
@@ -118,12 +122,14 @@ def small_bench(method: Method) -> Bench:
     generator = torch.Generator().manual_seed(3)
     weight_VH = torch.randn(V, H, generator=generator, dtype=torch.float64).requires_grad_()
     other_VH = torch.randn(V, H, generator=generator, dtype=torch.float64)
-    return Bench(method, small_rollouts(weight_VH), weight_VH, features(1), Teacher(features(2), other_VH))
+    reference_VH = weight_VH.detach() + 0.3 * torch.randn(V, H, generator=generator, dtype=torch.float64)
+    teacher = Teacher(features(2), other_VH)
+    return Bench(method, small_rollouts(weight_VH), weight_VH, features(1), teacher, reference_VH)
 
 
 FACTS = Facts(
-    steps=10, behavior=Behavior(), max_tokens=48, per_prompt=4, updates_per_rollout=1, vocabulary=V, graded=True, tokenizer="lab",
-    data="lab", teacher="local", engine="torch",
+    steps=10, behavior=Behavior(), max_tokens=48, per_prompt=4, updates_per_rollout=1, vocabulary=V, graded=True,
+    tokenizer="lab", data="lab", teacher="local", engine="torch",
 )  # fmt: skip
 
 

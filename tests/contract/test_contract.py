@@ -10,9 +10,9 @@ from contract_bench import FACTS, Bench, small_bench
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from opd_lab.chunk import measure, teacher_must
 from opd_lab.methods.base import Method
 from opd_lab.methods.opd import OPD
-from opd_lab.signals import measure, teacher_must
 from opd_lab.types import REVERSE_KL, Rollouts
 
 
@@ -135,7 +135,7 @@ def test_a_small_step_moves_the_student_towards_the_teacher(bench: Bench):
         mask_BT = bench.rollouts.mask_BT
         ids_N = bench.rollouts.response_BT[mask_BT]
         student = bench.student(bench.rollouts)
-        return float(measure(frozenset({REVERSE_KL}), ids_N, student, views[0], chunk=9)[REVERSE_KL].mean())
+        return float(measure(frozenset({REVERSE_KL}), ids_N, student, views[0].teacher, chunk=9)[REVERSE_KL].mean())
 
     before = kl()
     for _ in range(5):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from opd_lab import divergence as d
-from opd_lab.signals import Chunk, Head
+from opd_lab.chunk import Chunk, Head
 from opd_lab.types import TopK, topk
 from tests.pair import LOGP, LOGQ, near, with_gradient
 

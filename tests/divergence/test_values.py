@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opd_lab import divergence as d
-from opd_lab.signals import Chunk
+from opd_lab.chunk import Chunk
 from opd_lab.types import TopK, topk
 from tests.pair import LOGP, LOGQ, P, Q, near, with_gradient
 

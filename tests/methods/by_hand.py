@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_lab.chunk import Chunk, Declared
 from opd_lab.methods.base import Method
-from opd_lab.signals import Chunk, Declared
 from opd_lab.types import Batch, Behavior, Facts, Rollouts, Signal, Source, Tokens
 
 FACTS = Facts(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd_lab.chunk import Chunk
 from opd_lab.divergence import weighted_mean
 from opd_lab.methods.fire_opd import FireOPD, places, quantile
-from opd_lab.signals import Chunk
 from opd_lab.types import (
     ENTROPY_STUDENT,
     ENTROPY_TEACHER,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from opd_lab import divergence as d
+from opd_lab.chunk import Chunk
 from opd_lab.methods.opd_sampled import OPDSampled
-from opd_lab.signals import Chunk
 from opd_lab.types import LOGP_STUDENT, LOGP_TEACHER, Batch, Behavior, Facts, Rollouts, Source, Tokens
 from tests.pair import LOGP, LOGQ, P, near, with_gradient
 

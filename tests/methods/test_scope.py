@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd_lab.chunk import Chunk
 from opd_lab.divergence import weighted_mean
 from opd_lab.methods.scope import SCOPE
-from opd_lab.signals import Chunk
 from opd_lab.types import LOGP_OLD, LOGP_STUDENT, LOGP_TEACHER, Batch, Behavior, Facts, Rollouts, Tokens
 
 OFFICIAL: dict[str, Any] = {"student_weight": "low_ppl", "teacher_weight": "low_ppl", "weight_scale": "mean_one"}

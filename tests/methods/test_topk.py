@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd_lab.chunk import Chunk
 from opd_lab.methods.base import TRAINED
 from opd_lab.methods.topk import TopKControl, TopKDistillation
-from opd_lab.signals import Chunk
 from opd_lab.types import overlap, topk
 from tests.methods.by_hand import FACTS, batch_of, token_losses
 from tests.pair import LOGP, LOGQ, near, with_gradient

@@ -10,9 +10,9 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from opd_lab.chunk import measure
 from opd_lab.models import LM
 from opd_lab.rollout.torch_engine import TorchEngine, draw, filtered
-from opd_lab.signals import measure
 from opd_lab.types import ENTROPY_STUDENT, LOGP_STUDENT, Behavior, Rollouts, Source
 from tests.tiny import make
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from opd_lab import divergence as d
-from opd_lab.signals import Chunk, Head, Recorded, States, objective
+from opd_lab.chunk import Chunk, Head, States
+from opd_lab.signals import Recorded, objective
 from opd_lab.types import (
     FORWARD_KL,
     LOGP_STUDENT,

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from opd_lab.signals import measure
+from opd_lab.chunk import measure
 from opd_lab.types import ENTROPY_TEACHER, RANK_TEACHER, REVERSE_KL, overlap
 from tests.signals.models import LOSSES, models
 

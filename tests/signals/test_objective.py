@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd_lab.signals import States, at
+from opd_lab.chunk import States
+from opd_lab.signals import at
 from tests.signals.models import LOSSES, SCORE, H, Loss, Models, N, models
 
 HEADS = {

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opd_lab.signals import Chunk, Declared, States, UndeclaredSignalError, measure
+from opd_lab.chunk import Chunk, Declared, States, UndeclaredSignalError, measure
 from opd_lab.types import (
     ENTROPY_STUDENT,
     ENTROPY_TEACHER,

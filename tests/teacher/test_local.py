@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from opd_lab.chunk import measure
 from opd_lab.methods.base import Ask
-from opd_lab.signals import measure
 from opd_lab.step import Scorer
 from opd_lab.teacher.local import LocalTeacher
 from opd_lab.types import LOGP_TEACHER, REVERSE_KL

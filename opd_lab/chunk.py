@@ -1,0 +1,257 @@
+"""What models say of some tokens: heads, states, and chunks whose signals are computed when they are first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd_lab import divergence as d
+from opd_lab.types import LOGP_STUDENT, Signal, TopK, hidden
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Hidden states -> logits, in fp32 or better: softcap(scale * (h W^T + bias))."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden_NH: Tensor, weight_VH: Tensor | None = None, bias_V: Tensor | None = None) -> Tensor:
+        weight_VH = self.weight_VH if weight_VH is None else weight_VH
+        bias_V = self.bias_V if bias_V is None else bias_V
+        logits_NV = torch.nn.functional.linear(hidden_NH, weight_VH, bias_V)
+        logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+        logits_NV = logits_NV * self.scale if self.scale != 1.0 else logits_NV
+        return self.softcap * torch.tanh(logits_NV / self.softcap) if self.softcap else logits_NV
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """What a model knows of N tokens: the hidden states that predict them, and the head that reads them. `layers` holds
+    the hidden states of chosen blocks, shape NDH, under the `hidden` signal that asked for them."""
+
+    hidden_NH: Tensor
+    head: Head
+    layers: Mapping[Signal, Tensor] = field(default_factory=dict)
+
+    def at(self, index: slice | Tensor) -> States:
+        return States(self.hidden_NH[index], self.head, {s: layers_NDH[index] for s, layers_NDH in self.layers.items()})
+
+    def logits(self) -> Tensor:
+        return self.head.logits(self.hidden_NH)
+
+
+Scores = Mapping[Signal, Tensor]  # what a teacher without states says of N tokens
+TeacherView = States | Scores
+
+
+def cut(view: TeacherView | None, index: slice | Tensor) -> TeacherView | None:
+    """Some of the tokens of a view."""
+    if view is None or isinstance(view, States):
+        return None if view is None else view.at(index)
+    return {signal: value_N[index] for signal, value_N in view.items()}
+
+
+class UndeclaredSignalError(LookupError):
+    """A method read a signal that nobody was asked to compute."""
+
+
+class Declared(Mapping[Signal, Any]):
+    """Only the declared signals of a mapping; reading another one says how to declare it."""
+
+    def __init__(self, signals: Mapping[Signal, Any], declared: frozenset[Signal], where: str) -> None:
+        self._signals, self._declared, self._where = signals, declared, where
+
+    def __getitem__(self, signal: Signal) -> Any:
+        if signal not in self._declared:
+            have = ", ".join(sorted(map(str, self._declared))) or "nothing"
+            raise UndeclaredSignalError(f"{signal} is not in {self._where} (declared: {have}); add it there to read it")
+        return self._signals[signal]
+
+    def __iter__(self) -> Iterator[Signal]:
+        return iter(self._declared)
+
+    def __len__(self) -> int:
+        return len(self._declared)
+
+
+class Chunk(Mapping[Signal, Any]):
+    """Some tokens under all models; a signal is computed when it is first asked for, and so are the logits behind it.
+    Only the student's carry gradient. A model is given as its states, or as logits."""
+
+    def __init__(
+        self,
+        ids_N: Tensor,
+        student: States | Tensor | None,
+        teacher: TeacherView | Tensor | None,
+        reference: States | Tensor | None = None,
+        known: Scores | None = None,
+    ) -> None:
+        self.ids_N, self._student, self._teacher, self._reference = ids_N, student, teacher, reference
+        self._known: dict[Any, Any] = dict(known or {})
+        if isinstance(teacher, Mapping):
+            self._known |= teacher
+
+    @property
+    def logp_NV(self) -> Tensor:
+        return self._once("logp_NV", lambda: _log_probs(self._student, "student"))
+
+    @property
+    def logq_NV(self) -> Tensor:
+        return self._once("logq_NV", lambda: _log_probs(self._teacher, "teacher").detach())
+
+    @property
+    def logr_NV(self) -> Tensor:
+        return self._once("logr_NV", lambda: _log_probs(self._reference, "reference").detach())
+
+    def layers(self, owner: str, signal: Signal) -> Tensor:
+        states = self._student if owner == "student" else self._teacher
+        if not isinstance(states, States) or signal not in states.layers:
+            raise UndeclaredSignalError(f"the {owner}'s {signal} is not available here")
+        return states.layers[signal]
+
+    def _once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
+
+    def __getitem__(self, signal: Signal) -> Any:
+        return self._once(signal, lambda: COMPUTE[signal.name](self, **dict(signal.args)))
+
+    def __iter__(self) -> Iterator[Signal]:
+        return (key for key in self._known if isinstance(key, Signal))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _log_probs(view: TeacherView | Tensor | None, owner: str) -> Tensor:
+    if isinstance(view, States):
+        view = view.logits()
+    if not isinstance(view, Tensor):
+        raise UndeclaredSignalError(
+            f"this needs the {owner}'s full next-token distribution, which is not available here"
+        )
+    return view.log_softmax(-1)
+
+
+def _sampled(logp_NV: Tensor, ids_N: Tensor) -> Tensor:
+    return logp_NV.gather(-1, ids_N[:, None])[:, 0]
+
+
+def _support(c: Chunk, k: int, support: str) -> tuple[Tensor, Tensor]:
+    """Token ids [N, K], and which of them count."""
+    k = min(k, c.logp_NV.shape[-1])
+    if support in ("student", "teacher"):
+        ids_NK = (c.logp_NV if support == "student" else c.logq_NV).detach().topk(k).indices
+        return ids_NK, torch.ones_like(ids_NK, dtype=torch.bool)
+    student_NK, teacher_NK = c.logp_NV.detach().topk(k).indices, c.logq_NV.topk(k).indices
+    shared_NK = (teacher_NK[:, :, None] == student_NK[:, None, :]).any(-1)
+    if support == "intersection":
+        return teacher_NK, shared_NK
+    # union: the student's, then those of the teacher's that are new
+    return torch.cat([student_NK, teacher_NK], -1), torch.cat([torch.ones_like(shared_NK), ~shared_NK], -1)
+
+
+def _topk(c: Chunk, k: int, support: str) -> TopK:
+    ids_NK, inside_NK = _support(c, k, support)
+    inside_NV = torch.zeros_like(c.logp_NV).scatter_add(-1, ids_NK, inside_NK.to(c.logp_NV.dtype)) > 0
+    rests_N1 = (_log_mass(c.logp_NV, ~inside_NV), _log_mass(c.logq_NV, ~inside_NV))
+    return TopK(c.logp_NV.gather(-1, ids_NK), c.logq_NV.gather(-1, ids_NK), inside_NK, ids_NK, *rests_N1)
+
+
+def _log_mass(logp_NV: Tensor, where_NV: Tensor) -> Tensor:
+    """log sum p, [N, 1]. Added up, for 1 - sum drowns in rounding, with its gradient, once a model is confident."""
+    logp_NV = logp_NV.masked_fill(~where_NV, -torch.inf)
+    none_N1 = logp_NV.isneginf().all(-1, keepdim=True)
+    return logp_NV.masked_fill(none_N1, 0.0).logsumexp(-1, keepdim=True).masked_fill(none_N1, -torch.inf)
+
+
+def _overlap(c: Chunk, k: int) -> Tensor:
+    _, shared_NK = _support(c, k, "intersection")
+    return shared_NK.double().mean(-1).to(c.logp_NV.dtype)
+
+
+COMPUTE: dict[str, Callable[..., Any]] = {
+    "logp_student": lambda c: _sampled(c.logp_NV, c.ids_N),
+    "logp_old": lambda c: c[LOGP_STUDENT].detach(),
+    "logp_teacher": lambda c: _sampled(c.logq_NV, c.ids_N),
+    "entropy_student": lambda c: d.entropy(c.logp_NV),
+    "entropy_teacher": lambda c: d.entropy(c.logq_NV),
+    "reverse_kl": lambda c: d.reverse_kl(c.logp_NV, c.logq_NV),
+    "forward_kl": lambda c: d.forward_kl(c.logp_NV, c.logq_NV),
+    "jsd": lambda c, beta: d.jsd(c.logp_NV, c.logq_NV, beta),
+    "topk": _topk,
+    "overlap": _overlap,
+    "logp_reference": lambda c: _sampled(c.logr_NV, c.ids_N),
+    "forward_kl_reference": lambda c: d.forward_kl(c.logp_NV, c.logr_NV),
+    "full_student": lambda c: c.logp_NV,
+    "full_teacher": lambda c: c.logq_NV,
+    "full_reference": lambda c: c.logr_NV,
+    "hidden": lambda c, owner, layers, align: c.layers(owner, hidden("", layers, align)),
+    "rank_teacher": lambda c: (c.logq_NV > _sampled(c.logq_NV, c.ids_N)[:, None]).sum(-1).to(c.logq_NV.dtype),
+}
+
+_ALONE = {  # signals of one model
+    "student": {"logp_student", "logp_old", "entropy_student", "full_student"},
+    "teacher": {"logp_teacher", "entropy_teacher", "rank_teacher", "full_teacher"},
+    "reference": {"logp_reference", "full_reference"},
+}
+
+
+def reads(signals: frozenset[Signal]) -> frozenset[str]:
+    """Whose states these signals are made of: student, teacher, reference."""
+    return frozenset(owner for signal in signals for owner in _owners(signal))
+
+
+def _owners(signal: Signal) -> tuple[str, ...]:
+    if signal.name == "hidden":
+        return (str(dict(signal.args)["owner"]),)
+    for owner, names in _ALONE.items():
+        if signal.name in names:
+            return (owner,)
+    return ("student", "reference") if signal.name == "forward_kl_reference" else ("student", "teacher")
+
+
+def teacher_must(signals: frozenset[Signal]) -> frozenset[str]:
+    """What a teacher must be able to say: nothing, `sampled` log-probs, `full` distributions, `hidden` states."""
+    asked = {signal.name for signal in signals if "teacher" in _owners(signal)}
+    return frozenset({"logp_teacher": "sampled", "hidden": "hidden"}.get(name, "full") for name in asked)
+
+
+def of_the_student(signals: frozenset[Signal]) -> frozenset[Signal]:
+    """The same questions about hidden states, asked of the student instead of the teacher."""
+    return frozenset(hidden("student", *(v for k, v in s.args if k != "owner")) for s in signals if s.name == "hidden")
+
+
+def layers_of(owner: str, signals: frozenset[Signal]) -> frozenset[Signal]:
+    """The blocks whose hidden states these signals ask of a model, as the keys of `States.layers`."""
+    asked = (dict(signal.args) for signal in signals if signal.name == "hidden")
+    return frozenset(hidden("", a["layers"], a["align"]) for a in asked if a["owner"] == owner)
+
+
+@torch.no_grad()
+def measure(
+    wanted: frozenset[Signal],
+    ids_N: Tensor,
+    student: States | None,
+    teacher: TeacherView | None,
+    *,
+    chunk: int,
+    reference: States | None = None,
+) -> dict[Signal, Tensor]:
+    """The wanted signals of N tokens, each of shape N, without gradient."""
+    parts: dict[Signal, list[Tensor]] = {signal: [] for signal in wanted}
+    for start in range(0, len(ids_N), chunk):
+        rows = slice(start, start + chunk)
+        own, frozen = (None if states is None else states.at(rows) for states in (student, reference))
+        seen = Chunk(ids_N[rows], own, cut(teacher, rows), frozen)
+        for signal, values in parts.items():
+            values.append(seen[signal])
+    return {s: torch.cat(values) if values else torch.zeros(0, device=ids_N.device) for s, values in parts.items()}
