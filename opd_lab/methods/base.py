@@ -56,6 +56,8 @@ class Method:
     towards_teacher: ClassVar[Mapping[str, Any]] = {}
     # Teacher := student must give loss 0 and gradient 0; else the reason why it does not.
     not_zero_at_teacher: ClassVar[str | None] = None
+    # With `towards_teacher` a small step lowers the exact reverse KL on any tokens; else the reason why it need not.
+    not_towards_teacher: ClassVar[str | None] = None
 
     def behavior(self, plain: Behavior, step: int, state: State) -> Behavior:
         """The behavior of this step; `plain` is what the rollout config says."""

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from opd_lab import divergence as d
 from opd_lab.methods.base import TRAINED, Method, choice, within
+from opd_lab.methods.policy_gradient import ON_AVERAGE, seen
 from opd_lab.types import LOGP_STUDENT, LOGP_TEACHER, Batch, Facts, Needs, Tokens
 
 ESTIMATORS = {"k1": d.k1, "k2": d.k2, "k3": d.k3}
@@ -43,6 +44,7 @@ ESTIMATORS = {"k1": d.k1, "k2": d.k2, "k3": d.k3}
 class OPDSampled(Method):
     paper = "https://thinkingmachines.ai/blog/on-policy-distillation"
     neutral: ClassVar = None
+    not_towards_teacher: ClassVar = ON_AVERAGE
 
     estimator: str = "k1"
     form: str = "score"
@@ -83,16 +85,21 @@ class OPDSampled(Method):
 
     def losses(self, tokens: Tokens) -> dict[str, Tensor]:
         logp_N = tokens[LOGP_STUDENT]
-        loss_N = ESTIMATORS[self.estimator](logp_N - tokens[LOGP_TEACHER])
         if self.form == "score":
-            loss_N = d.score_function(logp_N, loss_N)
+            loss_N = d.score_function(logp_N, -self.advantage(tokens))
+        else:
+            loss_N = ESTIMATORS[self.estimator](logp_N - tokens[LOGP_TEACHER])
         if self.importance == "token":
             ratio_N = (logp_N.detach() - tokens.behavior_logp_N).exp().clamp(max=self.importance_max)
             loss_N = ratio_N * loss_N
         return {TRAINED: loss_N}
 
+    def advantage(self, tokens: Tokens) -> Tensor:
+        """What it is worth to have drawn this token: -k1."""
+        return -d.k1(tokens[LOGP_STUDENT] - tokens[LOGP_TEACHER])
+
     def metrics(self, batch: Batch, weights: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
-        logp_BT, logq_BT = batch.signals.get(LOGP_STUDENT), batch.signals.get(LOGP_TEACHER)
+        logp_BT, logq_BT = seen(batch, LOGP_STUDENT), seen(batch, LOGP_TEACHER)
         if logp_BT is None or logq_BT is None:
             return {}
         advantage_N = (logq_BT - logp_BT)[batch.rollouts.mask_BT].double()

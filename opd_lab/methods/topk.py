@@ -1,8 +1,8 @@
 """Reverse or forward KL on a few tokens of the vocabulary: `method=topk` and the variants `topk16_*`.
 
-The post at the address below, arXiv 2604.13016 for `form: detached_weights`; most training systems do this in one way
-or another. On the student's rollouts only a support S of about k tokens per position is compared, with log-probs of the
-full vocabulary gathered on S; no gradient flows through the choice of S. `tail` says what becomes of the mass outside:
+arXiv 2604.13016 for `form: detached_weights`; most training systems do the others in one way or another. On the
+student's rollouts only a support S of about k tokens per position is compared, with log-probs of the full vocabulary
+gathered on S; no gradient flows through the choice of S. `tail` says what becomes of the mass outside:
 
     bucket        KL over |S| + 1 classes, the last one the left-over mass of each model
     renormalise   KL between the two distributions renormalised on S
@@ -45,7 +45,7 @@ from opd_lab.types import Batch, Facts, Needs, Tokens, TopK, overlap, topk
 
 @dataclass(frozen=True, kw_only=True)
 class TopKDistillation(Method):
-    paper = "https://thinkingmachines.ai/blog/on-policy-distillation"
+    paper = "https://arxiv.org/abs/2604.13016"
     neutral: ClassVar = {"k": 10**9, "direction": "reverse", "support": "student", "tail": "bucket", "form": "direct"}
 
     k: int = 16
