@@ -1,13 +1,13 @@
 """The embedded lab's task: chains of arithmetic modulo 100, worked out in words.
 
-    prompt    start 47 + 38 * 3 ?
-    solution  so 47 plus 38 makes 85 , hence 85 times 3 makes 55 , answer 55
+    prompt    start 47 + 8 * 3 ?
+    solution  so 47 plus 8 makes 55 , hence 55 times 3 makes 65 , answer 65
 
-The chain is read from left to right, without precedence. It is small, and it has what methods of on-policy distillation
-disagree about. Several connectives may open a step and a `Style` says how often each does, so a teacher and a student who
-calculate alike still differ there, harmlessly: rock tokens. A step's result may be a slip, and the chain goes on from it, so
-on such a prefix a perfect teacher agrees with every token that leads to a wrong sum: agreement traps. More operations make
-it harder.
+The chain is read from left to right, without precedence. It is small, and it has what methods of on-policy
+distillation disagree about. Several connectives may open a step and a `Style` says how often each does, so a teacher
+and a student who calculate alike still differ there, harmlessly: rock tokens. A step's result may be a slip, and the
+chain goes on from it, so on such a prefix a perfect teacher agrees with every token on the way to a wrong answer:
+agreement traps. More operations make it harder.
 
 A problem belongs to the split that a digest of its text names, so no prompt can be in two splits, whatever the seeds.
 """
@@ -21,7 +21,7 @@ from torch import Generator
 
 MODULUS = 100
 SPELLED = {"+": "plus", "-": "minus", "*": "times"}
-LARGEST = {"+": 99, "-": 99, "*": 9}  # largest right operand of each operation; the smallest is 2
+OPERANDS = (2, 9)  # smallest and largest right operand
 CONNECTIVES = ("so", "hence", "thus", "then", "next", "now")
 WORDS = ("start", "?", *SPELLED, *SPELLED.values(), "makes", ",", "answer", *CONNECTIVES, *map(str, range(MODULUS)))
 SPLITS = ("train", "validation", "test")
@@ -82,9 +82,9 @@ def split_of(problem_id: str) -> str:
 
 
 def solution(problem: Problem, style: Style, generator: Generator) -> str:
-    """The worked solution in a style; after a slip the chain goes on from the wrong number, to a wrong answer (mostly)."""
+    """The worked solution in a style; after a slip the chain goes on from the wrong number."""
     steps = list(_steps(problem.prompt))
-    weights = torch.tensor(style.connectives)
+    weights = torch.tensor(style.connectives, dtype=torch.float32)
     openers = torch.multinomial(weights, len(steps), replacement=True, generator=generator).tolist()
     slips = torch.rand(len(steps), generator=generator).tolist()
     numbers = torch.randint(MODULUS, (len(steps),), generator=generator).tolist()
@@ -111,7 +111,7 @@ def _problem(operations: int, generator: Generator) -> Problem:
     prompt = f"start {value}"
     for _ in range(operations):
         symbol = tuple(SPELLED)[_draw(0, len(SPELLED) - 1, generator)]
-        operand = _draw(2, LARGEST[symbol], generator)
+        operand = _draw(*OPERANDS, generator)
         prompt, value = f"{prompt} {symbol} {operand}", apply(value, symbol, operand)
     prompt += " ?"
     return Problem(prompt, str(value), hashlib.sha256(prompt.encode()).hexdigest()[:16])
