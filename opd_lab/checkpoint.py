@@ -50,7 +50,6 @@ class Restored:
     """What the caller puts back itself; student, optimizer and generators are restored in place."""
 
     step: int
-    scheduler: dict[str, Any]
     method_state: dict[str, Any]
     stream: dict[str, Any]
     extra: dict[str, Any]
@@ -62,7 +61,6 @@ def save(
     *,
     student: Student,
     optimizer: torch.optim.Optimizer,
-    scheduler: Mapping[str, Any],
     method_state: Mapping[str, Any],
     generators: Mapping[str, Generator],
     stream: Mapping[str, Any],
@@ -72,7 +70,6 @@ def save(
     tensors: dict[str, Tensor] = {}
     tree = {
         "optimizer": _pack(optimizer.state_dict(), "optimizer", tensors),
-        "scheduler": _pack(scheduler, "scheduler", tensors),
         "method_state": _pack(method_state, "method_state", tensors),
         "generators": _pack({name: g.get_state() for name, g in generators.items()}, "generators", tensors),
         "stream": _pack(stream, "stream", tensors),
@@ -113,6 +110,27 @@ def latest(folder: Path) -> Loaded | None:
     return None
 
 
+def at_step(folder: Path, step: int) -> Loaded:
+    """The intact checkpoint of one step.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    steps = [_step(path) for path in _checkpoints(folder)]
+    if step not in steps:
+        raise ValueError(f"{folder} has checkpoints of the steps {steps}, not of {step}")
+    path = folder / f"step_{step:06d}"
+    if damage := _damage(path):
+        raise ValueError(f"checkpoint {path} is damaged ({damage}); take another of the steps {steps}")
+    return Loaded(path, step, [])
+
+
+def extra(loaded: Loaded) -> dict[str, Any]:
+    """What the caller had saved beside models and memory, without restoring anything."""
+    tree = json.loads((loaded.path / TREE).read_text())["extra"]
+    return _unpack(tree, load_file(loaded.path / TENSORS), torch.device("cpu"))
+
+
 def restore(
     loaded: Loaded, *, student: Student, optimizer: torch.optim.Optimizer, generators: Mapping[str, Generator]
 ) -> Restored:
@@ -128,7 +146,7 @@ def restore(
     optimizer.load_state_dict(tree["optimizer"])
     for name, generator in generators.items():
         generator.set_state(tree["generators"][name])
-    return Restored(loaded.step, tree["scheduler"], tree["method_state"], tree["stream"], tree["extra"])
+    return Restored(loaded.step, tree["method_state"], tree["stream"], tree["extra"])
 
 
 @torch.no_grad()

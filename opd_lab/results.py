@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,15 @@ def show_runs(runs: Sequence[Path], folder: Path) -> None:
     from opd_lab.compare.table import render, table
 
     console = Console()
+    if not console.is_terminal:
+        console.width = 120
     render(table(runs), console)
     path = write_report(folder, runs)
     console.print(f"\nreport   {path}", soft_wrap=True, highlight=False)
     store = next((p / "mlflow.db" for p in folder.parents if (p / "mlflow.db").is_file()), None)
     if store is not None:
         console.print(
-            f"mlflow   mlflow ui --backend-store-uri sqlite:///{store} --host 127.0.0.1 --port 5000",
+            f"mlflow   {Path(sys.executable).with_name('mlflow')} ui --backend-store-uri sqlite:///{store} --host 127.0.0.1 --port 5000",
             soft_wrap=True,
             highlight=False,
         )
@@ -65,7 +68,7 @@ def score(folder: Path, which: str, split: str, problems: int, samples: int) -> 
     """Evaluate the student a run left: its final one, its best checkpoint, or that of a step."""
     settings = settings_in(folder)
     parts = load_parts(settings, print)
-    loaded = checkpoint.find(folder / "checkpoints", which)
+    loaded = _checkpoint(folder / "checkpoints", which)
     checkpoint.restore_student(loaded, parts.student)
     e, o = settings.evaluate, settings.optim
     found = evaluate(
@@ -82,3 +85,14 @@ def score(folder: Path, which: str, split: str, problems: int, samples: int) -> 
     )
     print(f"{folder.name}, {split}, after step {loaded.step}: {len(found.ids)} problems x {samples} rollouts")
     return found.scalars(f"eval/{split}")
+
+
+def _checkpoint(folder: Path, which: str) -> checkpoint.Loaded:
+    """`final`, `best` (by validation accuracy), or the step of a checkpoint."""
+    newest = checkpoint.latest(folder)
+    if newest is None:
+        raise ValueError(f"{folder} holds no checkpoint")
+    step = {"final": newest.step, "best": checkpoint.extra(newest)["best"]["step"]}.get(which, which)
+    if not str(step).isdigit():
+        raise ValueError(f"--checkpoint must be final, best or a step, got {which}")
+    return checkpoint.at_step(folder, int(step))

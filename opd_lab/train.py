@@ -195,7 +195,7 @@ class Trainer:
                 weights,
                 settings=s.diagnostics,
                 high_loss=self.high_loss,
-                decode=p.student.tokenizer.decode,
+                decode=lambda ids: str(p.student.tokenizer.decode(ids)),
                 losses=gradient.losses,
                 metrics=p.method.metrics(seen, weights),
             )
@@ -235,10 +235,11 @@ class Trainer:
         while self.step < s.steps:
             report = self.advance()
             last = self.step == s.steps
-            if last or (s.evaluate.every and self.step % s.evaluate.every == 0):
+            if last or _due(self.step, s.evaluate.every):
                 report = self.examined(report, test=last)
             self.deliver(report)
-            if last or (s.checkpoint.every and self.step % s.checkpoint.every == 0):
+            best = s.checkpoint.keep_best and self.best["step"] == self.step
+            if last or best or _due(self.step, s.checkpoint.every):
                 self.save()
         return report
 
@@ -267,7 +268,7 @@ class Trainer:
         report.tables.setdefault("evaluations", []).extend(_records(found, "validation", self.step))
         key = f"eval/validation/avg_at_{e.samples}"
         self.accuracy = report.scalars.get(key, math.nan)
-        if self.accuracy > self.best["accuracy"]:
+        if self.step and self.accuracy > self.best["accuracy"]:
             self.best = {"step": self.step, "accuracy": self.accuracy}
         if test:
             found = self.examine(self.parts.data.test[: e.test_problems], e.test_samples)
@@ -301,7 +302,6 @@ class Trainer:
             self.step,
             student=self.parts.student,
             optimizer=self.optimizer,
-            scheduler={},
             method_state=self.state,
             generators={"rollout": self.generator},
             stream=self.stream.state_dict(),
@@ -331,6 +331,10 @@ class Trainer:
         self.high_loss.load_state_dict(found.extra["high_loss"])
         self.totals, self.best, self.accuracy = found.extra["totals"], found.extra["best"], found.extra["accuracy"]
         self.say(f"resumed after step {self.step} from {loaded.path}")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _records(found: Evaluation, split: str, step: int) -> list[dict[str, Any]]:

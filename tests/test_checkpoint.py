@@ -61,17 +61,16 @@ class Run:
         parts = {
             "student": self.student,
             "optimizer": self.optimizer,
-            "scheduler": self.scheduler.state_dict(),
             "method_state": self.method_state,
             "generators": self.generators,
             "stream": {"epoch": 1, "position": step},
-            "extra": {"best": 0.5},
+            "extra": {"best": 0.5, "schedule": self.scheduler.state_dict()},
         }
         return save(folder, step, **parts | changes)
 
     def restore(self, loaded) -> checkpoint.Restored:
         restored = restore(loaded, student=self.student, optimizer=self.optimizer, generators=self.generators)
-        self.scheduler.load_state_dict(restored.scheduler)
+        self.scheduler.load_state_dict(restored.extra["schedule"])
         self.method_state = restored.method_state
         return restored
 
@@ -88,7 +87,7 @@ def test_four_steps_are_two_and_a_restart_and_two(tmp_path):
     loaded = latest(tmp_path)
     assert loaded is not None and (loaded.path, loaded.step, loaded.notes) == (path, 2, [])
     restored = second.restore(loaded)
-    assert (restored.step, restored.stream, restored.extra) == (2, {"epoch": 1, "position": 2}, {"best": 0.5})
+    assert (restored.step, restored.stream, restored.extra["best"]) == (2, {"epoch": 1, "position": 2}, 0.5)
     assert second.train(2) == losses[2:]
 
     expected = whole.student.module.state_dict()
