@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_lab.compare.guard import CONVENTIONS, conventions, same_axis
-from opd_lab.compare.table import HEAD, Group, budget_line, cells, groups, notes, table
+from opd_lab.compare.table import CAPTION, HEAD, Group, budget_line, cells, groups, notes, table
 from opd_lab.tracking import read
 from opd_lab.tracking.figures import heat_map
 
@@ -42,7 +42,7 @@ def write_report(folder: Path, runs: read.Runs) -> Path:
         f"<p>{escape(budget_line(found))}</p>",
         _table(HEAD, [cells(row) for row in found.rows.itertuples()]),
         *(f"<p>{escape(note)}</p>" for note in notes(found)),
-        "<p>Intervals: bootstrap over test problems.</p>",
+        f"<p>{CAPTION} Interval: bootstrap over the problems.</p>",
         "<h2>Accuracy during training</h2>",
         "<p>Validation problems; mean over seeds, the band reaches from the lowest to the highest.</p>",
         _curves(pooled, lambda name: name.startswith("eval/validation/avg_at_"), "validation accuracy"),
@@ -50,7 +50,7 @@ def write_report(folder: Path, runs: read.Runs) -> Path:
         "<p>Mean over all generated tokens of a step.</p>",
         _curves(pooled, lambda name: name == "kl/reverse_mean_nats", "nats", scale="log"),
         "<p>Quantiles over tokens: dotted 50 %, dashed 90 %, solid 99 %.</p>",
-        _curves(pooled, lambda name: name in QUANTILES, "nats", scale="symlog"),
+        _curves(pooled, lambda name: name in QUANTILES, "nats", scale="log"),
         "<p>Histograms over training; the bins and colours are the same for every method.</p>",
         _heat_maps(pooled, "kl/reverse_nats"),
         "<h2>The loss</h2>",
@@ -82,26 +82,20 @@ def _curves(pooled: list[Group], wanted: Any, unit: str, scale: str = "linear") 
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes: Axes = figure.subplots()
-    drawn = 0
     for place, group in enumerate(pooled):
         metrics = read.metrics(group.folders)
-        for name in sorted(filter(wanted, metrics["name"].unique())):
-            _line(axes, metrics.query("name == @name"), f"C{place}", group.label, QUANTILES.get(name, "-"))
-            drawn += 1
-    if not drawn:
+        for number, name in enumerate(sorted(filter(wanted, metrics["name"].unique()))):
+            label = group.label if number == 0 else None
+            _line(axes, metrics.query("name == @name"), f"C{place}", label, QUANTILES.get(name, "-"))
+    if not axes.lines:
         return "<p>Not logged.</p>"
-    axes.set(xlabel="step", ylabel=unit)
-    if scale == "symlog":
-        axes.set_yscale("symlog", linthresh=1e-3)
-    else:
-        axes.set_yscale(scale)
+    axes.set(xlabel="step", ylabel=unit, yscale=scale)
     axes.grid(alpha=0.3)
-    labels = dict(reversed(list(zip(*reversed(axes.get_legend_handles_labels())))))
-    figure.legend(labels.values(), labels.keys(), loc="outside right upper", fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     return _svg(figure)
 
 
-def _line(axes: Axes, metrics: DataFrame, colour: str, label: str, style: str) -> None:
+def _line(axes: Axes, metrics: DataFrame, colour: str, label: str | None, style: str) -> None:
     by_step = metrics.groupby("step").value
     mean, low, high = by_step.mean(), by_step.min(), by_step.max()
     axes.plot(mean.index, mean, style, color=colour, label=label, linewidth=1.4)

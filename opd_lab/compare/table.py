@@ -146,15 +146,9 @@ def cells(row: Any) -> list[str]:
     return ["-" if value.startswith("nan") else value for value in text]
 
 
-HEAD = (
-    "method",
-    "seeds",
-    "test accuracy before",
-    "after [95 %]",
-    "held-out KL(student || teacher), nats",
-    "student tokens",
-    "teacher tokens",
-    "seconds",
+HEAD = ("method", "seeds", "before", "after [95 %]", "KL", "student tokens", "teacher tokens", "seconds")
+CAPTION = (
+    "Accuracy on test problems before and after; exact KL(student || teacher) on held-out rollouts after, in nats."
 )
 
 
@@ -177,9 +171,10 @@ def render(found: Comparison, console: Console) -> None:
     """The table in a terminal."""
     from rich.table import Table
 
-    shown = Table(title=budget_line(found), title_justify="left", title_style="")
+    console.print(budget_line(found), highlight=False)
+    shown = Table(caption=CAPTION, caption_justify="left")
     for place, name in enumerate(HEAD):
-        shown.add_column(name, justify="right" if place else "left", overflow="fold")
+        shown.add_column(name, justify="right" if place else "left")
     for row in found.rows.itertuples():
         shown.add_row(*cells(row))
     console.print(shown)

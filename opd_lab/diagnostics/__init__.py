@@ -6,6 +6,7 @@ their per-token arrays at every `settings.every`-th.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -36,11 +37,13 @@ def observe(
     losses: Mapping[str, Tensor] | None = None,
     metrics: Mapping[str, float | Tensor] | None = None,
 ) -> Report:
-    """What one step says. `weights` and `losses` have shape BT per term; `metrics` are the method's own."""
+    """What one step says. `weights` and `losses` have shape BT per term; `metrics` are the method's own, NaN where one
+    does not exist at this step."""
     losses, metrics = losses or {}, metrics or {}
     high_loss.add(batch)
     report = Report(batch.step, scalars(batch, weights, settings.high_loss_quantile))
-    report.scalars |= {name: float(value) for name, value in metrics.items() if not _is_histogram(value)}
+    own = {name: float(value) for name, value in metrics.items() if not _is_histogram(value)}
+    report.scalars |= {name: value for name, value in own.items() if not math.isnan(value)}
     if not due(batch.step, settings.every):
         return report
     mask_BT = batch.rollouts.mask_BT

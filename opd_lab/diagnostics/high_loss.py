@@ -2,8 +2,9 @@
 
 Per token type: how often it was written, its KL (mean, spread, maximum), its share of all KL against its share of all
 tokens, what both models thought of it, where it stood, the most extreme example in context, and its persistence: in
-how many of the last windows of training its mean KL was high. A type is high in a window if its mean KL there exceeds
-the mean KL of the type at the given quantile of the window's tokens.
+how many of the last windows of training its mean KL was high. High in a window are the types with the largest mean KL
+that together hold a share 1 - quantile of its tokens (the type on the border included, so a frequent type can be high),
+as far as they lie above the window's own mean.
 
 All sums are float64 on the CPU, so neither the device nor a restart changes them.
 """
@@ -98,8 +99,12 @@ class HighLoss:
         mean_S, order_S = mean_V[self._window_count_V > 0].sort()
         if len(mean_S):
             reached_S = self._window_count_V[self._window_count_V > 0][order_S].cumsum(0)
-            bar = mean_S[int(torch.searchsorted(reached_S, self._quantile * reached_S[-1]).clamp(max=len(mean_S) - 1))]
-            self._high_V = (self._high_V << 1 | (mean_V > bar).long()) & ((1 << WINDOWS) - 1)
+            border = torch.searchsorted(reached_S, self._quantile * reached_S[-1], right=True).clamp(
+                max=len(mean_S) - 1
+            )
+            middle = self._window_kl_V.sum() / reached_S[-1]
+            high_V = (mean_V >= mean_S[border]) & (mean_V > middle)
+            self._high_V = (self._high_V << 1 | high_V.long()) & ((1 << WINDOWS) - 1)
             self._windows += 1
         self._window_count_V.zero_()
         self._window_kl_V.zero_()

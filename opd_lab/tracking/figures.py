@@ -37,9 +37,16 @@ def heat_map(
         draw.text((LEFT - 6, y), f"{inner[i]:.1e}", fill="black", anchor="rm")
         draw.line((LEFT - 4, y, LEFT - 1, y), fill="black")
     draw.text((LEFT, height - 22), str(steps[0]), fill="black", anchor="ma")
-    draw.text((LEFT + across / 2, height - 22), "step", fill="black", anchor="ma")
-    draw.text((LEFT + across, height - 22), str(steps[-1]), fill="black", anchor="ra")
+    draw.text((LEFT + across / 2, height - 14), "step", fill="black", anchor="ma")
+    last = LEFT + across * (steps[-1] - steps[0]) / (_end(steps) - steps[0])
+    if last > LEFT + 40:
+        draw.text((last, height - 22), str(steps[-1]), fill="black", anchor="ma")
     return picture
+
+
+def _end(steps: Sequence[int]) -> int:
+    """Where the last column ends: it is as wide as the one before."""
+    return 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1
 
 
 def _pixels(steps: Sequence[int], counts_SK: Sequence[Sequence[int]], across: int, upwards: int) -> np.ndarray:
@@ -51,6 +58,6 @@ def _pixels(steps: Sequence[int], counts_SK: Sequence[Sequence[int]], across: in
     depth_SK = 1 - np.log(share_SK.clip(min=LEAST_SHARE)) / np.log(LEAST_SHARE)  # 0 at the least share, 1 at all
     colour_SK3 = (matplotlib.colormaps["viridis_r"](depth_SK)[..., :3] * 255).astype(np.uint8)
     colour_SK3[share_SK < LEAST_SHARE] = 255
-    at_X = np.searchsorted(steps, np.linspace(steps[0], steps[-1], across), side="right") - 1
+    at_X = np.searchsorted(steps, np.linspace(steps[0], _end(steps), across, endpoint=False), side="right") - 1
     bin_Y = np.arange(upwards)[::-1] * share_SK.shape[1] // upwards
     return colour_SK3[at_X[None, :], bin_Y[:, None]]

@@ -73,14 +73,22 @@ def a_step(kl_by_token: dict[int, list[float]]) -> Batch:
 
 def test_persistence_counts_the_windows_in_which_a_type_was_high() -> None:
     high_loss = HighLoss(VOCABULARY, quantile=0.75, window=2)
-    # A window is two steps. Token 1 holds 3/4 of the tokens, so a mean above its mean is high.
+    # A window is two steps; high are the types with the largest means that hold 1/4 of the tokens.
     for high in (True, False, True):
         high_loss.add(a_step({1: [1.0] * 3, 2: [5.0 if high else 0.5]}))
         high_loss.add(a_step({1: [1.0] * 3, 2: [5.0 if high else 0.5]}))
     high_loss.add(a_step({1: [1.0] * 3, 2: [5.0]}))  # an open window does not count yet
     by_id = {row["id"]: row for row in high_loss.table(decode, 2)}
     assert (by_id[2]["persistence_windows"], by_id[2]["windows"]) == (2, 3)
-    assert by_id[1]["persistence_windows"] == 0  # 1.0 is the bar of the middle window, and not above itself
+    assert by_id[1]["persistence_windows"] == 1  # of the middle window it holds the upper 3/4, above the mean of .875
+
+
+def test_a_frequent_type_can_be_high_and_equal_types_cannot() -> None:
+    high_loss = HighLoss(VOCABULARY, quantile=0.95, window=1)
+    high_loss.add(a_step({1: [0.1] * 5, 2: [5.0] * 5}))
+    high_loss.add(a_step({1: [0.5] * 5, 2: [0.5] * 5}))
+    times = {row["id"]: row["persistence_windows"] for row in high_loss.table(decode, 2)}
+    assert times == {1: 0, 2: 1}
 
 
 def test_old_windows_are_forgotten() -> None:

@@ -28,13 +28,18 @@ def report_of(batch: Batch) -> Report:
         high_loss=HighLoss(12, quantile=0.9, window=5),
         decode=decode,
         losses={"opd": batch[REVERSE_KL]},
-        metrics={"mine/score_ratio": 2.0, "mine/many_ratio": torch.tensor([1.0, 2.0, 3.0])},
+        metrics={
+            "mine/score_ratio": 2.0,
+            "mine/absent_ratio": math.nan,
+            "mine/many_ratio": torch.tensor([1.0, 2.0, 3.0]),
+        },
     )
 
 
 def test_tables_come_every_so_many_steps_and_scalars_always() -> None:
     assert report_of(random_batch(0, step=4)).tables == report_of(random_batch(0, step=4)).histograms == {}
     assert report_of(random_batch(0, step=4)).scalars["mine/score_ratio"] == 2.0
+    assert "mine/absent_ratio" not in report_of(random_batch(0, step=4)).scalars
     report = report_of(random_batch(0, step=5))
     assert set(report.tables) == {"positions", "high_loss_tokens", "rollouts"}
     assert report.tables["high_loss_tokens"][0]["step"] == 5
