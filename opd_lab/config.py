@@ -78,6 +78,8 @@ def _as(kind: Any, value: Any, where: str) -> Any:
         return tuple(_as(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     for one in kinds:
+        if dataclasses.is_dataclass(one) and isinstance(value, Mapping):
+            return _as(one, value, where)
         if typing.get_origin(one) in (list, tuple) and isinstance(value, list):
             return _as(one, value, where)
         plain = typing.get_origin(one) or one

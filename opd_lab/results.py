@@ -47,8 +47,9 @@ def show_runs(runs: Sequence[Path], folder: Path) -> None:
     console.print(f"\nreport   {path}", soft_wrap=True, highlight=False)
     store = next((p / "mlflow.db" for p in folder.parents if (p / "mlflow.db").is_file()), None)
     if store is not None:
+        ui = Path(sys.executable).with_name("mlflow")
         console.print(
-            f"mlflow   {Path(sys.executable).with_name('mlflow')} ui --backend-store-uri sqlite:///{store} --host 127.0.0.1 --port 5000",
+            f"mlflow   {ui} ui --backend-store-uri sqlite:///{store} --host 127.0.0.1 --port 5000",
             soft_wrap=True,
             highlight=False,
         )

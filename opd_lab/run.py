@@ -21,6 +21,7 @@ import torch
 import transformers
 
 from opd_lab import __version__, models, pairing
+from opd_lab.chunk import reads
 from opd_lab.config import digest, flat, method_of
 from opd_lab.data import prompts
 from opd_lab.doctor import compatible, first_step
@@ -69,8 +70,14 @@ def load_parts(settings: RunSettings, say: Say) -> Parts:
     data = prompts.load(settings.data, student.tokenizer)
     for note in [*notes, *data.notes]:
         say(note)
+    needs = method.needs()
+    reference = None
+    if "reference" in reads(needs.batch | needs.tokens):
+        reference = models.load(pair.reference or pair.student, device=pair.device, name="reference")
+        _, reference, _ = pairing.match(student, reference, pair.stop_ids)
+        reference.freeze()
     engine = TorchEngine(settings.rollout.max_tokens, settings.rollout.decode_rows)
-    parts = Parts(student, LocalTeacher(teacher), engine, data, method)
+    parts = Parts(student, LocalTeacher(teacher), engine, data, method, reference)
     compatible(facts_of(settings, parts), parts)
     return parts
 

@@ -20,6 +20,7 @@ class PairSettings:
     name: str | None  # None = made from the two paths
     student: ModelSettings
     teacher: ModelSettings
+    reference: ModelSettings | None  # for methods with a frozen reference; None = the student's own beginning
     device: str  # auto | cpu | cuda | cuda:0 ...
     stop_ids: list[int] | None  # token ids that end a response; None = both models must agree on them
 

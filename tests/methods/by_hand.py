@@ -36,13 +36,16 @@ def token_losses(
     consulted: Mapping[str, Tensor] | None = None,
     behavior_logp_N: Tensor | None = None,
     step: int = 0,
+    logr_NV: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The losses of N tokens, given the distributions of both models at each and the token that was sampled. Reading
     what was not declared raises, as in a run."""
     ids_N = torch.as_tensor(ids)
     zero_N = torch.zeros_like(ids_N)
     logp_NV, logq_NV = (x.expand(len(ids_N), -1) for x in (logp_NV, logq_NV))
-    signals = Declared(Chunk(ids_N, logp_NV, logq_NV), method.needs().tokens, "needs().tokens")
+    if logr_NV is not None:
+        logr_NV = logr_NV.expand(len(ids_N), -1)
+    signals = Declared(Chunk(ids_N, logp_NV, logq_NV, logr_NV), method.needs().tokens, "needs().tokens")
     mu_N = logp_NV.gather(1, ids_N[:, None])[:, 0].detach() if behavior_logp_N is None else behavior_logp_N
     return method.losses(Tokens(ids_N, zero_N, zero_N, zero_N, mu_N, signals, consulted or {}, step))
 
