@@ -1,4 +1,4 @@
-"""What models say of some tokens: heads, states, and chunks whose signals are computed when they are first asked for."""
+"""What models say of some tokens: heads, states, and chunks whose signals are computed when first asked for."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def cut(view: TeacherView | None, index: slice | Tensor) -> TeacherView | None:
     return {signal: value_N[index] for signal, value_N in view.items()}
 
 
-class UndeclaredSignalError(LookupError):
+class UndeclaredSignalError(KeyError):
     """A method read a signal that nobody was asked to compute."""
 
 

@@ -91,6 +91,7 @@ def facts_of(settings: RunSettings, parts: Parts) -> Facts:
         data=settings.data.name,
         teacher=parts.teacher.name,
         engine=parts.engine.name,
+        reference=settings.model.reference.path if settings.model.reference else None,
     )
 
 

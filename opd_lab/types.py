@@ -200,6 +200,7 @@ class Facts:
     data: str  # name of the data config, for messages
     teacher: str  # likewise
     engine: str  # likewise
+    reference: str | None = None  # path of the reference model, None = the student's own beginning
 
 
 @dataclass(frozen=True, slots=True)

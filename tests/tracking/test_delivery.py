@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,14 @@ from opd_lab.tracking.run_folder import RunFolder
 from opd_lab.tracking.tracker import FanOut, RunInfo
 from opd_lab.types import Report
 from tests.tracking.runs import Flaky, RemoteFlaky, info, report
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for a tracker's thread."""
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_a_tracker_that_cannot_start_stops_the_run_and_closes_the_others(tmp_path: Path) -> None:
@@ -35,15 +45,13 @@ def test_what_a_store_misses_is_delivered_in_order_when_it_is_back(
     fan.start(info(tmp_path))
     fan.log(report(0))
     if kind.remote:
-        while len(tracker.got) < 2:
-            pass
+        until(lambda: len(tracker.got) == 2)
     tracker.up = False
     fan.log(report(1))
     fan.tag("best", "1")
     fan.artifact(tmp_path / "x.txt", "files")
     if kind.remote:
-        while tracker.tries < 5:
-            pass
+        until(lambda: tracker.tries == 5)
     tracker.up = True
     fan.log(report(2))
     fan.finish("FINISHED")
