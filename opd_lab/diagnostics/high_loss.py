@@ -82,7 +82,7 @@ class HighLoss:
         before_V = self._kl_max_V.clone()
         self._kl_max_V.scatter_reduce_(0, ids_N, kl_N, "amax")
         winner_N = (kl_N == self._kl_max_V[ids_N]) & (kl_N > before_V[ids_N])
-        order_M = winner_N.nonzero()[:, 0].flip(0)
+        order_M = winner_N.nonzero()[:, 0]
         first_V = torch.full(before_V.shape, NOTHING)
         first_V.scatter_reduce_(0, ids_N[order_M], order_M, "amin", include_self=False)
         types_M = (first_V != NOTHING).nonzero()[:, 0]

@@ -100,14 +100,14 @@ def test_old_windows_are_forgotten() -> None:
 
 
 def test_the_example_is_the_occurrence_with_the_largest_kl_in_its_context() -> None:
-    rollouts = rollouts_of([[8, 9], [7]], [[1, 2, 3], [2, 4]])
-    kl_BT = torch.tensor([[0.0, 1.0, 0.5], [3.0, 0.0, 0.0]])
+    rollouts = rollouts_of([[8, 9], [7], [6]], [[1, 2, 3], [2, 4], [2]])
+    kl_BT = torch.tensor([[0.0, 1.0, 0.5], [3.0, 0.0, 0.0], [3.0, 0.0, 0.0]])  # of two equal ones, the first
     high_loss = HighLoss(VOCABULARY, quantile=0.9, window=1)
     high_loss.add(with_signals(rollouts, {REVERSE_KL: kl_BT}))
     examples = {row["id"]: row["example"] for row in high_loss.table(decode, 9)}
     assert examples[2] == "7⟦2⟧4"
     assert examples[3] == "8 9 1 2⟦3⟧"
-    high_loss.add(with_signals(rollouts, {REVERSE_KL: torch.tensor([[0.0, 2.0, 9.0], [2.0, 0.0, 0.0]])}))
+    high_loss.add(with_signals(rollouts, {REVERSE_KL: torch.tensor([[0.0, 2.0, 9.0], [2.0, 0.0, 0.0], [3.0] * 3])}))
     assert {row["id"]: row["example"] for row in high_loss.table(decode, 9)}[2] == "7⟦2⟧4"  # 2 < 3
 
 
@@ -118,12 +118,14 @@ def test_restored_from_a_file_it_goes_on_exactly(tmp_path: Path) -> None:
     for seed in range(4):
         first.add(random_batch(seed))
     torch.save(first.state_dict(), tmp_path / "state.pt")
-    second = HighLoss(VOCABULARY, quantile=0.9, window=3)
+    second, third = (HighLoss(VOCABULARY, quantile=0.9, window=3) for _ in range(2))
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    first.add(random_batch(0))  # does not reach into the copy
+    third.load_state_dict(first.state_dict())
+    first.add(random_batch(7))  # does not reach into the copy
     for seed in (4, 5):
         second.add(random_batch(seed))
-    assert second.table(decode, 99) == whole.table(decode, 99)
+        third.add(random_batch(seed))
+    assert second.table(decode, 99) == third.table(decode, 99) == whole.table(decode, 99)
 
 
 def test_another_vocabulary_is_refused() -> None:
