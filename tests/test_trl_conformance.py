@@ -29,9 +29,9 @@ BETAS = pytest.mark.parametrize("beta", [0.0, 0.25, 0.5, 1.0])
 def trl_per_token(student: States, teacher: States, beta: float) -> Tensor:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    (h_s, s), (h_t, t) = student, teacher
+    s, t = student.head, teacher.head
     divergence_N, _ = ChunkedDivergenceFunction.apply(
-        *(h_s, s.weight_VH, s.bias_V, h_t, t.weight_VH, t.bias_V),
+        *(student.hidden_NH, s.weight_VH, s.bias_V, teacher.hidden_NH, t.weight_VH, t.bias_V),
         *(beta, 1.0, s.scale, s.softcap, t.scale, t.softcap),
     )
     return divergence_N
