@@ -69,11 +69,11 @@ def save(
     """Write `folder/step_<step>`. It replaces that step and later ones, left over from before a resume."""
     tensors: dict[str, Tensor] = {}
     tree = {
-        "optimizer": _pack(optimizer.state_dict(), "optimizer", tensors),
-        "method_state": _pack(method_state, "method_state", tensors),
-        "generators": _pack({name: g.get_state() for name, g in generators.items()}, "generators", tensors),
-        "stream": _pack(stream, "stream", tensors),
-        "extra": _pack(extra, "extra", tensors),
+        "optimizer": pack(optimizer.state_dict(), "optimizer", tensors),
+        "method_state": pack(method_state, "method_state", tensors),
+        "generators": pack({name: g.get_state() for name, g in generators.items()}, "generators", tensors),
+        "stream": pack(stream, "stream", tensors),
+        "extra": pack(extra, "extra", tensors),
     }
     final = folder / f"step_{step:06d}"
     writing = folder / (WRITING + final.name)
@@ -128,7 +128,7 @@ def at_step(folder: Path, step: int) -> Loaded:
 def extra(loaded: Loaded) -> dict[str, Any]:
     """What the caller had saved beside models and memory, without restoring anything."""
     tree = json.loads((loaded.path / TREE).read_text())["extra"]
-    return _unpack(tree, load_file(loaded.path / TENSORS), torch.device("cpu"))
+    return unpack(tree, load_file(loaded.path / TENSORS), torch.device("cpu"))
 
 
 def restore(
@@ -137,7 +137,7 @@ def restore(
     """Put student, optimizer and generators back in place, and hand over the rest."""
     restore_student(loaded, student)
     device = next(student.module.parameters()).device
-    tree = _unpack(json.loads((loaded.path / TREE).read_text()), load_file(loaded.path / TENSORS), device)
+    tree = unpack(json.loads((loaded.path / TREE).read_text()), load_file(loaded.path / TENSORS), device)
     if tree["generators"].keys() != generators.keys():
         raise ValueError(
             f"checkpoint {loaded.path} holds the generators {sorted(tree['generators'])}, this run has "
@@ -189,7 +189,7 @@ def _on_cpu(value: Tensor) -> Tensor:
     return value.detach().to("cpu", copy=True).contiguous()
 
 
-def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """JSON with the tensors taken out. A dict or tuple that JSON would change is written as a list with a tag."""
     if isinstance(value, Tensor):
         key = f"{len(tensors)}:{name}"
@@ -198,10 +198,10 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
-        items = [_pack(item, f"{name}[{index}]", tensors) for index, item in enumerate(value)]
+        items = [pack(item, f"{name}[{index}]", tensors) for index, item in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
     if isinstance(value, Mapping):
-        packed = [(_pack(k, name, tensors), _pack(v, f"{name}.{k}", tensors)) for k, v in value.items()]
+        packed = [(pack(k, name, tensors), pack(v, f"{name}.{k}", tensors)) for k, v in value.items()]
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
             return dict(packed)
         return {"$items": packed}
@@ -211,19 +211,19 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def _unpack(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
-    """Undoes `_pack`; a tensor that was not on the CPU goes to the student's device."""
+def unpack(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+    """Undoes `pack`; a tensor that was not on the CPU goes to the student's device."""
     if isinstance(value, list):
-        return [_unpack(item, tensors, device) for item in value]
+        return [unpack(item, tensors, device) for item in value]
     if not isinstance(value, dict):
         return value
     if "$tensor" in value:
         return tensors[value["$tensor"]] if value["$cpu"] else tensors[value["$tensor"]].to(device)
     if "$tuple" in value:
-        return tuple(_unpack(value["$tuple"], tensors, device))
+        return tuple(unpack(value["$tuple"], tensors, device))
     if "$items" in value:
-        return {_unpack(k, tensors, device): _unpack(v, tensors, device) for k, v in value["$items"]}
-    return {key: _unpack(item, tensors, device) for key, item in value.items()}
+        return {unpack(k, tensors, device): unpack(v, tensors, device) for k, v in value["$items"]}
+    return {key: unpack(item, tensors, device) for key, item in value.items()}
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -11,20 +11,21 @@ from dataclasses import replace
 
 import torch
 
-from opd_lab.chunk import States, measure, of_the_student, teacher_must
+from opd_lab.chunk import States, TeacherView, measure, of_the_student, teacher_must
 from opd_lab.data.grading import rates
 from opd_lab.settings import RunSettings
 from opd_lab.step import Gradient, Scorer, StatesOf, accumulate_gradient, whole_batch
 from opd_lab.train import Parts
-from opd_lab.types import LOGP_STUDENT, Behavior, Facts, Rollouts, Signal
+from opd_lab.types import LOGP_STUDENT, Behavior, Facts, Rollouts, Signal, State
 
 ROWS = 8  # rollouts sampled for the checks
 KNOWN = 16  # known answers shown to the grader
+WARNING = "warning: "
 SAME = 1e-3  # relative difference of gradients that counts as none, in fp32
 
 
 def compatible(facts: Facts, parts: Parts) -> None:
-    """The method can work with this teacher and this run."""
+    """The method, bound to these facts, can work with this teacher."""
     needs = parts.method.needs()
     if lacking := teacher_must(needs.batch | needs.tokens) - parts.teacher.provides:
         wanted = ", ".join(sorted(str(s) for s in needs.batch | needs.tokens if teacher_must(frozenset({s})) & lacking))
@@ -32,23 +33,36 @@ def compatible(facts: Facts, parts: Parts) -> None:
             f"{type(parts.method).__name__} needs {wanted} of the teacher, teacher={facts.teacher} can only give "
             f"{', '.join(sorted(parts.teacher.provides))}; use teacher=local"
         )
-    parts.method.check(facts)
 
 
 class Twin:
-    """A teacher that is the student, or the student with another vocabulary order."""
+    """A teacher that is the student."""
 
     name = "twin"
 
-    def __init__(self, states: StatesOf, like: Scorer, shift: int = 0) -> None:
-        self._states, self._shift, self.provides, self.continue_ = states, shift, like.provides, like.continue_
+    def __init__(self, states: StatesOf, like: Scorer) -> None:
+        self._states, self.provides, self.continue_ = states, like.provides, like.continue_
 
-    def view(self, rollouts: Rollouts, signals: frozenset[Signal]) -> States:
+    def view(self, rollouts: Rollouts, signals: frozenset[Signal]) -> TeacherView:
         with torch.no_grad():
-            seen = self._states(rollouts, of_the_student(signals))
-        bias_V = None if seen.head.bias_V is None else seen.head.bias_V.detach().roll(self._shift, 0)
-        head = replace(seen.head, weight_VH=seen.head.weight_VH.detach().roll(self._shift, 0), bias_V=bias_V)
-        layers = {signal: layers_NDH.roll(self._shift, -1) for signal, layers_NDH in seen.layers.items()}
+            return self._states(rollouts, of_the_student(signals))
+
+
+class Other:
+    """A teacher that is none of them: the real one with its vocabulary, widths and scores moved by one."""
+
+    name = "other"
+
+    def __init__(self, like: Scorer) -> None:
+        self._like, self.provides, self.continue_ = like, like.provides, like.continue_
+
+    def view(self, rollouts: Rollouts, signals: frozenset[Signal]) -> TeacherView:
+        seen = self._like.view(rollouts, signals)
+        if not isinstance(seen, States):
+            return {signal: value_N.roll(1, 0) for signal, value_N in seen.items()}
+        bias_V = None if seen.head.bias_V is None else seen.head.bias_V.detach().roll(1, 0)
+        head = replace(seen.head, weight_VH=seen.head.weight_VH.detach().roll(1, 0), bias_V=bias_V)
+        layers = {signal: layers_NDH.roll(1, -1) for signal, layers_NDH in seen.layers.items()}
         return States(seen.hidden_NH, head, layers)
 
 
@@ -68,7 +82,7 @@ def probe(settings: RunSettings, parts: Parts) -> Rollouts:
 
 
 def gradient_of(
-    parts: Parts, rollouts: Rollouts, teacher: Scorer, micro_batch: int, chunk: int
+    parts: Parts, rollouts: Rollouts, teacher: Scorer, state: State, micro_batch: int, chunk: int
 ) -> tuple[Gradient, torch.Tensor]:
     """The step's gradient as one flat vector; the student is left without any."""
     method, student = parts.method, parts.student
@@ -76,7 +90,7 @@ def gradient_of(
         method,
         rollouts,
         parts.models._replace(teacher=teacher),
-        state=method.init_state(),
+        state=state,
         step=0,
         seed=0,
         micro_batch=micro_batch,
@@ -94,8 +108,9 @@ def gradient_of(
     return found, flat
 
 
-def first_step(settings: RunSettings, parts: Parts) -> list[str]:
-    """The checks on real rollouts, in the order in which a failure is easiest to understand.
+def first_step(settings: RunSettings, parts: Parts, state: State) -> list[str]:
+    """The checks on real rollouts, in the order in which a failure is easiest to understand. `state` is what the
+    method remembers before its first step. Lines that begin with WARNING concern everyone.
 
     Raises:
         ValueError: the run would spend its budget on a wrong objective.
@@ -110,7 +125,7 @@ def first_step(settings: RunSettings, parts: Parts) -> list[str]:
     chunk = settings.optim.chunk_tokens
 
     def gradient(teacher: Scorer, micro_batch: int = len(rollouts)) -> tuple[Gradient, torch.Tensor]:
-        return gradient_of(parts, rollouts, teacher, micro_batch, chunk)
+        return gradient_of(parts, rollouts, teacher, state, micro_batch, chunk)
 
     found, whole = gradient(parts.teacher)
     if not math.isfinite(found.objective) or not bool(whole.isfinite().all()):
@@ -120,6 +135,7 @@ def first_step(settings: RunSettings, parts: Parts) -> list[str]:
     if not bool(whole.any()):
         raise ValueError("the gradient of the first rollouts is 0: this student has nothing to learn from this teacher")
     seen.append(f"gradient finite, norm {float(whole.norm()):.3g}")
+    seen += [f"{WARNING}{note}" for note in parts.method.notes(found.tallies)]
     _, split = gradient(parts.teacher, 1)
     difference = float((split - whole).norm() / whole.norm())
     if difference > SAME:
@@ -169,7 +185,7 @@ def _teacher_counts(
     parts: Parts, gradient: Callable[[Scorer], tuple[Gradient, torch.Tensor]], whole: torch.Tensor
 ) -> list[str]:
     seen = []
-    _, other = gradient(Twin(parts.models.student, parts.teacher, shift=1))
+    _, other = gradient(Other(parts.teacher))
     if torch.equal(other, whole):
         raise ValueError("another teacher gives the very same gradient: the teacher never reaches the loss")
     seen.append("another teacher gives another gradient")

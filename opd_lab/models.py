@@ -46,6 +46,12 @@ class LM:
         return self.module.device
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Depth and width."""
+        config: Any = self.module.config.get_text_config()
+        return config.num_hidden_layers, config.hidden_size
+
+    @property
     def body(self) -> torch.nn.Module:
         """Everything but the LM head."""
         return self.module.base_model
@@ -84,7 +90,7 @@ class LM:
 
         def rows(state_BLH: Tensor, align: str) -> Tensor:
             begin = rollouts.prompt_columns - first - (align == "predict")
-            window_BTH = state_BLH[:, begin:]
+            window_BTH = state_BLH[:, begin : begin + rollouts.mask_BT.shape[1]]
             return window_BTH[rollouts.mask_BT[:, : window_BTH.shape[1]]]
 
         chosen = {}

@@ -14,17 +14,17 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
 
-from opd_lab import __version__, models, pairing
+from opd_lab import __version__, models, pairing, preparation
 from opd_lab.chunk import reads
 from opd_lab.config import digest, flat, method_of
 from opd_lab.data import prompts
-from opd_lab.doctor import compatible, first_step
+from opd_lab.doctor import WARNING, compatible, first_step
 from opd_lab.rollout.torch_engine import TorchEngine
 from opd_lab.settings import RunSettings
 from opd_lab.teacher.local import LocalTeacher
@@ -70,15 +70,17 @@ def load_parts(settings: RunSettings, say: Say) -> Parts:
     data = prompts.load(settings.data, student.tokenizer)
     for note in [*notes, *data.notes]:
         say(note)
-    needs = method.needs()
-    reference = None
+    engine = TorchEngine(settings.rollout.max_tokens, settings.rollout.decode_rows)
+    parts = Parts(student, LocalTeacher(teacher), engine, data, method)
+    facts = facts_of(settings, parts)
+    method.check(facts)
+    parts = replace(parts, method=method.bind(facts))
+    needs = parts.method.needs()
     if "reference" in reads(needs.batch | needs.tokens):
         reference = models.load(pair.reference or pair.student, device=pair.device, name="reference")
         _, reference, _ = pairing.match(student, reference, pair.stop_ids)
-        reference.freeze()
-    engine = TorchEngine(settings.rollout.max_tokens, settings.rollout.decode_rows)
-    parts = Parts(student, LocalTeacher(teacher), engine, data, method, reference)
-    compatible(facts_of(settings, parts), parts)
+        parts = replace(parts, reference=reference.freeze())
+    compatible(facts, parts)
     return parts
 
 
@@ -110,7 +112,10 @@ def execute(
         if again:
             trainer.resume()
         if trainer.step == 0:
-            first_step(settings, parts)
+            trainer.begin_with(preparation.prepare(settings, parts, say))
+            for line in first_step(settings, parts, trainer.state):
+                if line.startswith(WARNING):
+                    say(line)
         tracker.start(
             identity(settings, parts, method_name, folder, config_yaml, step=trainer.step + 1 if trainer.step else 0)
         )
@@ -136,7 +141,8 @@ def examine(settings: RunSettings, method_name: str, config_yaml: str, say: Say)
         f"{settings.model.student.path} <- {settings.model.teacher.path}: one tokenizer, "
         f"{parts.student.vocabulary} ids, stop ids {sorted(parts.student.stop_ids)}"
     )
-    for line in first_step(settings, parts):
+    prepared = preparation.prepare(settings, parts, say)
+    for line in first_step(settings, parts, prepared.state):
         say(line)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(settings, parts, FanOut([]), Path(scratch), say=say)

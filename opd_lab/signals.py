@@ -21,6 +21,7 @@ from opd_lab.chunk import Chunk, Declared, States, TeacherView, cut, measure
 from opd_lab.types import LOGP_OLD, Signal, Tokens
 
 Losses = Callable[[Tokens], dict[str, Tensor]]
+Tally = Callable[[Tokens], dict[str, Tensor]]  # sums over tokens
 
 
 @dataclass(slots=True)
@@ -29,6 +30,7 @@ class Recorded:
 
     signals: dict[Signal, Tensor] = field(default_factory=dict)
     losses: dict[str, Tensor] = field(default_factory=dict)  # per term, NaN where its weight is 0
+    tallies: dict[str, Tensor] = field(default_factory=dict)  # what `tally` said of the trained tokens, added up
     values: dict[str, float] = field(default_factory=dict)  # per term, its share of the objective
 
 
@@ -44,6 +46,7 @@ def objective(
     chunk: int,
     record: frozenset[Signal] = frozenset(),
     reference: States | None = None,
+    tally: Tally | None = None,
 ) -> tuple[Tensor, Recorded]:
     """The objective of N tokens, as a scalar with gradient to the student's hidden states and head, and the record.
 
@@ -52,9 +55,8 @@ def objective(
     losses; they are only recorded.
     """
     trained_N = torch.stack([weight_N != 0 for weight_N in weights.values()]).any(0)
-    job = _Job(
-        losses, tokens, declared, weights, kept, student, teacher, reference, chunk, record, trained_N.nonzero()[:, 0]
-    )
+    index_N = trained_N.nonzero()[:, 0]
+    job = _Job(losses, tokens, declared, weights, kept, student, teacher, reference, chunk, record, tally, index_N)
     head = student.head
     value = _Objective.apply(job, student.hidden_NH, head.weight_VH, head.bias_V, *student.layers.values())
     untrained_N = ~trained_N
@@ -72,6 +74,12 @@ def _into(table: dict[Any, Tensor], key: Any, index: Tensor, value_N: Tensor, si
     table[key][index] = value_N
 
 
+def add(total: dict[str, Tensor], part: Mapping[str, Tensor]) -> None:
+    """Add sums to sums."""
+    for name, value in part.items():
+        total[name] = total[name] + value if name in total else value
+
+
 @dataclass(slots=True)
 class _Job:
     losses: Losses
@@ -84,6 +92,7 @@ class _Job:
     reference: States | None
     chunk: int
     record: frozenset[Signal]
+    tally: Tally | None
     index_N: Tensor  # the tokens that are trained
     out: Recorded = field(default_factory=Recorded)
 
@@ -114,6 +123,8 @@ class _Job:
         with torch.no_grad():
             for signal in self.record:
                 _into(self.out.signals, signal, rows, seen[signal].detach(), len(self.tokens.ids_N))
+            if self.tally:
+                add(self.out.tallies, self.tally(view))
         return total
 
 
@@ -140,10 +151,9 @@ class _Objective(torch.autograd.Function):
         wide = _wide(job.student.hidden_NH)
         per_token = [place not in (1, 2) for place in range(len(inputs))]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-        # A token's gradient is written once; the head's is a sum over chunks, which bf16 would not carry.
+        # A token's gradient is written once; the head's is a sum over chunks, which bf16 would not carry. What no loss
+        # looks at keeps None, and costs nothing.
         grads: list[Tensor | None] = [None] * len(inputs)
-        for i in wanted:
-            grads[i] = torch.zeros_like(inputs[i], dtype=None if per_token[i] else wide)  # type: ignore[arg-type]
         value = torch.zeros((), dtype=wide, device=job.index_N.device)
         for start in range(0, len(job.index_N), job.chunk):
             rows = job.index_N[start : start + job.chunk]
@@ -157,9 +167,12 @@ class _Objective(torch.autograd.Function):
             if not part.requires_grad:
                 continue
             for i, piece in zip(wanted, torch.autograd.grad(part, asked, allow_unused=True), strict=True):
-                grad = grads[i]
-                if piece is None or grad is None:
+                if piece is None:
                     continue
+                grad = grads[i]
+                if grad is None:
+                    grad = torch.zeros_like(inputs[i], dtype=None if per_token[i] else wide)  # type: ignore[arg-type]
+                    grads[i] = grad
                 if per_token[i]:
                     grad[rows] = piece
                 else:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opd_lab.chunk import Declared, States, TeacherView, measure, reads
 from opd_lab.methods.base import Ask, Method
-from opd_lab.signals import objective
+from opd_lab.signals import add, objective
 from opd_lab.types import (
     ENTROPY_STUDENT,
     LOGP_OLD,
@@ -120,6 +120,7 @@ def tokens_of(batch: Batch, rows: slice, old: Mapping[Signal, Tensor] | None = N
         signals={signal: value_BT[rows][mask_BT] for signal, value_BT in (old or {}).items()},
         consulted={name: _per_token(value[rows], mask_BT) for name, value in batch.consulted.items()},
         step=batch.step,
+        state=batch.state,
     )
 
 
@@ -135,6 +136,7 @@ class Gradient:
     values: dict[str, float] = field(default_factory=dict)  # per term, its share of the objective
     losses: dict[str, Tensor] = field(default_factory=dict)
     signals: dict[Signal, Tensor] = field(default_factory=dict)
+    tallies: dict[str, Tensor] = field(default_factory=dict)  # sums over the trained tokens, made by `Method.tally`
 
     @property
     def objective(self) -> float:
@@ -175,7 +177,9 @@ def accumulate_gradient(
             chunk=chunk,
             record=record,
             reference=view.reference,
+            tally=method.tally if old is None else None,
         )
+        add(out.tallies, seen.tallies)
         if value.requires_grad:
             value.backward()
         for term, share in seen.values.items():

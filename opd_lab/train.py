@@ -23,7 +23,7 @@ from opd_lab.data.prompts import Dataset, Example, PromptStream
 from opd_lab.diagnostics import RECORD, observe
 from opd_lab.diagnostics.high_loss import HighLoss
 from opd_lab.evaluate import Evaluation, evaluate
-from opd_lab.methods.base import Method
+from opd_lab.methods.base import Method, Prepared
 from opd_lab.models import LM
 from opd_lab.optimize import adamw, learn, learning_rate
 from opd_lab.rollout.torch_engine import TorchEngine
@@ -91,6 +91,8 @@ def facts_of(settings: RunSettings, parts: Parts) -> Facts:
         data=settings.data.name,
         teacher=parts.teacher.name,
         engine=parts.engine.name,
+        student_shape=parts.student.shape,
+        teacher_shape=parts.teacher.shape,
         reference=settings.model.reference.path if settings.model.reference else None,
     )
 
@@ -119,13 +121,18 @@ class Trainer:
             quantile=settings.diagnostics.high_loss_quantile,
             window=settings.diagnostics.high_loss_window,
         )
-        self.state: State = parts.method.init_state()
+        self.prepared = Prepared(parts.method.init_state(), {})
+        self.state: State = self.prepared.state
         self.step = 0  # steps done
         self.totals = {"generated_tokens": 0, "teacher_scored_tokens": 0, "skipped_steps": 0, "seconds": 0.0}
         self.best: dict[str, Any] = {"step": None, "accuracy": -math.inf}
         self.accuracy = math.nan
         self.record = frozenset(s for s in RECORD if teacher_must(frozenset({s})) <= parts.teacher.provides)
         self.clock: dict[str, float] = {}
+
+    def begin_with(self, prepared: Prepared) -> None:
+        """Take over what was fitted before the first step; the report of step 0 tells of it."""
+        self.prepared, self.state = prepared, prepared.state
 
     # one step ---------------------------------------------------------------------------------------------------
 
@@ -188,6 +195,7 @@ class Trainer:
         self.totals["skipped_steps"] += learned.skipped
         self.step += 1
         known = {signal: batch[signal] for signal in p.method.needs().batch}
+        batch = replace(batch, tallies=gradient.tallies)
         seen = replace(batch, signals=gradient.signals | known, step=self.step)
         self.state = self.parts.method.update(self.state, batch)
         with self.timed("diagnostics"):
@@ -231,7 +239,7 @@ class Trainer:
         """All steps that are left, with evaluations and checkpoints; the last report holds the test scores."""
         s = self.settings
         if self.step == 0:
-            self.deliver(self.examined(Report(step=0), test=True))
+            self.deliver(self.examined(Report(step=0, scalars=dict(self.prepared.metrics)), test=True))
         report = Report(step=self.step)
         while self.step < s.steps:
             report = self.advance()

@@ -148,6 +148,7 @@ class Batch:
     state: State = field(default_factory=dict)  # what the method remembers from earlier steps
     step: int = 0
     seed: int = 0
+    tallies: Mapping[str, Tensor] = field(default_factory=dict)  # made by `Method.tally`; there after the gradient
 
     def __getitem__(self, signal: Signal) -> Tensor:
         return self.signals[signal]
@@ -165,6 +166,7 @@ class Tokens:
     signals: Mapping[Signal, Any]
     consulted: Mapping[str, Tensor] = field(default_factory=dict)  # shape N
     step: int = 0
+    state: State = field(default_factory=dict)  # what the method remembers: a constant
 
     def __getitem__(self, signal: Signal) -> Any:
         return self.signals[signal]
@@ -201,6 +203,8 @@ class Facts:
     teacher: str  # likewise
     engine: str  # likewise
     reference: str | None = None  # path of the reference model, None = the student's own beginning
+    student_shape: tuple[int, int] | None = None  # depth, width; None = it gives no hidden states
+    teacher_shape: tuple[int, int] | None = None  # likewise
 
 
 @dataclass(frozen=True, slots=True)

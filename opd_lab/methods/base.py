@@ -8,7 +8,12 @@
     init_state,
     update       what is remembered between steps?             nothing
     check        what cannot work, before the first token?     nothing is refused
+    bind         what follows from this run's models?          nothing; called once, after check
+    preparation,
+    prepare      what is fitted once before the first step?    nothing; the result is kept and shared between runs
+    tally        what is added up over the trained tokens?     nothing
     metrics      what does the method report of itself?        nothing
+    notes        what should be said before the first step?    nothing
 
 `weights` sees the whole step and no gradient, so batch statistics are batch statistics. `losses` sees any number of
 tokens of any rollouts and may look at nothing but each token itself, so memory is bounded and the micro-batch changes
@@ -23,12 +28,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from opd_lab.types import REVERSE_KL, Batch, Behavior, Facts, Needs, Rollouts, State, Tokens
+from opd_lab.types import REVERSE_KL, Batch, Behavior, Facts, Needs, Rollouts, Signal, State, Tokens
 
 TRAINED = "opd"  # the name of a method's only term
 
@@ -39,6 +44,25 @@ class Ask(Protocol):
     def continue_(self, rollouts: Rollouts, cuts_B: Tensor, *, samples: int, max_tokens: int) -> list[list[str]]:
         """`samples` texts per rollout, each continuing its response from before token `cuts_B[b]`."""
         ...
+
+
+class Frozen(Protocol):
+    """The student and the teacher before the first step, as `prepare` may ask them. No gradient."""
+
+    def rollouts(self, prompts: int, max_tokens: int) -> Rollouts:
+        """One rollout of the student, at temperature 1, for each of so many training prompts."""
+        ...
+
+    def states(self, rollouts: Rollouts, signals: frozenset[Signal]) -> dict[Signal, Tensor]:
+        """These `hidden` signals of the generated tokens, shape NDH, in the order of `mask_BT`."""
+        ...
+
+
+class Prepared(NamedTuple):
+    """What `prepare` leaves: the state of step 0, and what the report of step 0 says of it."""
+
+    state: State
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +110,26 @@ class Method:
 
     def check(self, facts: Facts) -> None:
         """Raise ValueError, saying what, got, allowed and next, if this run cannot work."""
+
+    def bind(self, facts: Facts) -> Self:
+        """The method with what follows from these facts filled in, such as `layers: all` as a list of blocks."""
+        return self
+
+    def preparation(self) -> dict[str, Any] | None:
+        """The fields that `prepare` depends on, beside the models and the prompts; None: nothing is prepared."""
+        return None
+
+    def prepare(self, ask: Frozen, state: State) -> Prepared:
+        """What is fitted once, before step 0, with both models frozen. Only where `preparation` is not None."""
+        return Prepared(state, {})
+
+    def tally(self, tokens: Tokens) -> dict[str, Tensor]:
+        """Sums over these tokens, without gradient; `update` and `metrics` get those of the step: `batch.tallies`."""
+        return {}
+
+    def notes(self, tallies: Mapping[str, Tensor]) -> list[str]:
+        """What a person should hear before the first step, given the tallies of the first few rollouts."""
+        return []
 
     def metrics(self, batch: Batch, weights: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
         """The method's own metrics under names that begin with its own; a 1-D tensor is logged as a histogram.

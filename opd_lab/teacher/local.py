@@ -22,6 +22,10 @@ class LocalTeacher:
     name: str = "local"
     provides: frozenset[str] = frozenset({"sampled", "topk", "full", "hidden", "text"})
 
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        return self.lm.shape
+
     def view(self, rollouts: Rollouts, signals: frozenset[Signal] = frozenset()) -> States:
         """The states that predict the generated tokens, in row-major order of `mask_BT`, without gradient."""
         with torch.no_grad(), evaluating(self.lm.module):

@@ -103,7 +103,7 @@ class Models:
         return torch.stack([(self.weights[t] * x_N).sum() / self.kept[t] for t, x_N in losses.items()]).sum()
 
     def gradients(self, value: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(value, self.leaves))
+        return list(torch.autograd.grad(value, self.leaves, materialize_grads=True))
 
 
 def plain_logits(hidden_NH: Tensor, head: Head) -> Tensor:
