@@ -25,7 +25,7 @@ Variants: sampled_k2, sampled_k3_forward, sampled_baseline, sampled_sequence (di
 log_tanh, log_zscore.
 Neutral: none. With reward log and discount 0 it equals plain OPD in expectation, which a test computes exactly.
 Differs: PowerOPD's code masks the last stop token and averages inside micro-batches; here neither. Its zscore divides
-         by at least 1e-8, here by at least 1e-6, so that rounding between two equal models stays small.
+         by at least 1e-8, here by at least 1e-6.
 
 Metrics: those of opd_sampled, of R whatever the reward.
 """
@@ -64,6 +64,11 @@ class Sampled(OPDSampled):
                 "method.form direct back-propagates the estimator itself, so it takes reward log, baseline none and "
                 f"discount 0, got {self.reward}, {self.baseline} and {self.discount:g}; use form score"
             )
+
+    @property
+    def not_zero_at_teacher(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        reason = "standardising makes the rounding between equal models as large as any reward"
+        return reason if self.reward == "zscore" else None
 
     @property
     def whole_step(self) -> bool:

@@ -67,6 +67,17 @@ class TopKDistillation(Method):
             raise ValueError(f"method.k must be between 1 and the vocabulary size {facts.vocabulary}, got {self.k}")
 
     @property
+    def status(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "ship" if self.tail == "bucket" or self.form != "direct" else "control"
+
+    @property
+    def not_zero_at_teacher(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        truncated = self.tail == "truncate" and self.form == "direct"
+        return (
+            "a bare partial sum moves mass across the border of the support even between equals" if truncated else None
+        )
+
+    @property
     def may_be_empty(self) -> bool:
         return self.support == "intersection"
 
@@ -111,10 +122,3 @@ def detached_reverse_kl(on: TopK) -> Tensor:
     w_NK = logp_NK.exp().masked_fill(~inside_NK, 0.0)
     w_NK = w_NK / w_NK.sum(-1, keepdim=True).masked_fill(~inside_NK.any(-1, keepdim=True), 1.0)
     return d.score_function(logp_NK, w_NK * gap_NK).sum(-1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TopKControl(TopKDistillation):
-    """The tails that mislead, renormalise and truncate, run to show that they do."""
-
-    status: ClassVar[str] = "control"

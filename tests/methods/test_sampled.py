@@ -158,6 +158,8 @@ def test_zscore_over_the_step() -> None:
 def test_zscore_of_equal_rewards_is_zero() -> None:
     batch = batch_of(Sampled(reward="zscore"), {LOGP_STUDENT: [[-2.0], [-1.0]], LOGP_TEACHER: [[-2.0], [-1.0]]})
     assert batch.consulted["advantage"].tolist() == [[0.0], [0.0]]
+    assert Sampled(reward="zscore").not_zero_at_teacher, "rounding is standardised too"
+    assert Sampled().not_zero_at_teacher is None
 
 
 @pytest.mark.parametrize(

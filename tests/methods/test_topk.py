@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opd_lab.chunk import Chunk
 from opd_lab.methods.base import TRAINED
-from opd_lab.methods.topk import TopKControl, TopKDistillation
+from opd_lab.methods.topk import TopKDistillation
 from opd_lab.types import overlap, topk
 from tests.methods.by_hand import FACTS, batch_of, token_losses
 from tests.pair import LOGP, LOGQ, near, with_gradient
@@ -159,5 +159,22 @@ def test_conventions_tell_the_tails_apart() -> None:
     tags = [TopKDistillation(tail=tail).conventions() for tail in TAILS]
     tags += [TopKDistillation(k=8).conventions(), TopKDistillation(form="detached_weights").conventions()]
     assert len({tuple(tag.items()) for tag in tags}) == len(tags)
-    assert TopKControl(tail="truncate").conventions() == tags[2]
-    assert (TopKControl.status, TopKDistillation.status) == ("control", "ship")
+
+
+def test_what_misleads_says_so() -> None:
+    methods = {tail: TopKDistillation(tail=tail) for tail in TAILS}
+    assert [method.status for method in methods.values()] == ["ship", "control", "control"]
+    assert [tail for tail, method in methods.items() if method.not_zero_at_teacher] == ["truncate"]
+    assert TopKDistillation(tail="truncate", form="detached_weights").not_zero_at_teacher is None
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_equal_models(tail: str, direction: str) -> None:
+    """Truncated, the gradient is +-(p on S - p(S) p): the border moves though nothing is left to learn."""
+    method = TopKDistillation(k=2, tail=tail, direction=direction)
+    value, gradient_V = with_gradient(lambda logp: token_losses(method, logp, LOGP[None])[TRAINED])
+    near(value, 0.0)
+    border = torch.tensor([0.15, 0.06, -0.105, -0.07, -0.035], dtype=torch.float64)  # S = {0, 1}, p(S) = .7
+    sign = {"reverse": 1, "forward": -1}[direction] if tail == "truncate" else 0
+    near(gradient_V, *(sign * border).tolist())
