@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from opd_lab.chunk import Head, States
 from opd_lab.config import CONF, method_of
+from opd_lab.lab_models import lab_tokenizer
 from opd_lab.methods.base import Method
 from opd_lab.step import Gradient, Models, accumulate_gradient, whole_batch
+from opd_lab.train import tokenizer_digest
 from opd_lab.types import Behavior, Facts, Rollouts, Signal, Source
 
 YAMLS = sorted((CONF / "method").glob("*.yaml"))
@@ -127,9 +130,10 @@ def small_bench(method: Method) -> Bench:
     return Bench(method, small_rollouts(weight_VH), weight_VH, features(1), teacher, reference_VH)
 
 
+LAB = lab_tokenizer()
 FACTS = Facts(
-    steps=10, behavior=Behavior(), max_tokens=48, per_prompt=4, updates_per_rollout=1, vocabulary=V, graded=True,
-    tokenizer="lab", data="lab", teacher="local", engine="torch",
+    steps=10, behavior=Behavior(), max_tokens=48, per_prompt=4, updates_per_rollout=1, vocabulary=len(LAB), graded=True,
+    tokenizer=tokenizer_digest(SimpleNamespace(tokenizer=LAB)), data="lab", teacher="local", engine="torch",
 )  # fmt: skip
 
 
