@@ -27,7 +27,8 @@ Neutral: k at least the vocabulary, reverse, direct.
 Differs: the systems differ among themselves. verl truncates (teacher, forward), NeMo-RL and ms-swift renormalise, TRL's
          server trainers use a bucket. The tags topk_support, topk_tail and topk_k tell them apart.
 
-Metric, for the intersection: overlap/empty_fraction, the share of tokens on which the two supports share nothing.
+Metrics, over the trained tokens: topk/{student,teacher}_mass_fraction, what each model puts on S; with tail truncate,
+topk/truncated_negative_fraction. With support intersection, over all tokens: overlap/empty_fraction, supports disjoint.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from opd_lab import divergence as d
@@ -97,11 +99,26 @@ class TopKDistillation(Method):
             return {TRAINED: detached_reverse_kl(on)}
         return {TRAINED: d.topk_kl(on, direction=self.direction, tail=self.tail)}
 
+    def tally(self, tokens: Tokens) -> dict[str, Tensor]:
+        on: TopK = tokens[topk(self.k, self.support)]
+        counts = {
+            "student_mass": 1 - on.log_rest_student_N1.exp(),
+            "teacher_mass": 1 - on.log_rest_teacher_N1.exp(),
+            "truncated_negative": d.topk_kl(on, direction=self.direction, tail="truncate") < 0,
+            "tokens": on.inside_NK.new_ones(len(on.inside_NK)),
+        }
+        return {name: value_N.sum(dtype=torch.float64) for name, value_N in counts.items()}
+
     def metrics(self, batch: Batch, weights: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
-        if not self.may_be_empty:
-            return {}
-        empty_N = batch[overlap(self.k)][batch.rollouts.mask_BT] == 0
-        return {"overlap/empty_fraction": float(empty_N.double().mean())}
+        names = ["student_mass", "teacher_mass"] + ["truncated_negative"] * (self.tail == "truncate")
+        values: dict[str, float | Tensor] = {}
+        if batch.tallies:
+            tokens = float(batch.tallies["tokens"])
+            values |= {f"topk/{name}_fraction": float(batch.tallies[name]) / tokens for name in names}
+        if self.may_be_empty:
+            empty_N = batch[overlap(self.k)][batch.rollouts.mask_BT] == 0
+            values["overlap/empty_fraction"] = float(empty_N.double().mean())
+        return values
 
     def conventions(self) -> dict[str, str]:
         return super().conventions() | {

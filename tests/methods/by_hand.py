@@ -27,7 +27,7 @@ class Silent:
         raise AssertionError("nothing was to be asked")
 
 
-def token_losses(
+def tokens_of(
     method: Method,
     logp_NV: Tensor,
     logq_NV: Tensor,
@@ -37,9 +37,9 @@ def token_losses(
     behavior_logp_N: Tensor | None = None,
     step: int = 0,
     logr_NV: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """The losses of N tokens, given the distributions of both models at each and the token that was sampled. Reading
-    what was not declared raises, as in a run."""
+) -> Tokens:
+    """N tokens, given the distributions of both models at each and the token that was sampled. Reading what was not
+    declared raises, as in a run."""
     ids_N = torch.as_tensor(ids)
     zero_N = torch.zeros_like(ids_N)
     logp_NV, logq_NV = (x.expand(len(ids_N), -1) for x in (logp_NV, logq_NV))
@@ -47,7 +47,12 @@ def token_losses(
         logr_NV = logr_NV.expand(len(ids_N), -1)
     signals = Declared(Chunk(ids_N, logp_NV, logq_NV, logr_NV), method.needs().tokens, "needs().tokens")
     mu_N = logp_NV.gather(1, ids_N[:, None])[:, 0].detach() if behavior_logp_N is None else behavior_logp_N
-    return method.losses(Tokens(ids_N, zero_N, zero_N, zero_N, mu_N, signals, consulted or {}, step))
+    return Tokens(ids_N, zero_N, zero_N, zero_N, mu_N, signals, consulted or {}, step)
+
+
+def token_losses(method: Method, *args: Any, **keys: Any) -> dict[str, Tensor]:
+    """The losses of such tokens."""
+    return method.losses(tokens_of(method, *args, **keys))
 
 
 def padded(rows: Sequence[Sequence[float]]) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 from opd_lab.chunk import Chunk
 from opd_lab.methods.base import TRAINED
 from opd_lab.methods.topk import TopKDistillation
-from opd_lab.types import overlap, topk
-from tests.methods.by_hand import FACTS, batch_of, token_losses
+from opd_lab.types import LOGP_STUDENT, overlap, topk
+from tests.methods.by_hand import FACTS, batch_of, token_losses, tokens_of
 from tests.pair import LOGP, LOGQ, near, with_gradient
 
 TAILS = ("bucket", "renormalise", "truncate")
@@ -117,6 +117,20 @@ def test_an_empty_intersection_has_no_weight_and_is_counted() -> None:
     weights = method.weights(batch)
     assert weights[TRAINED].tolist() == [[1.0, 0.0], [1.0, 0.0]]
     assert method.metrics(batch, weights) == {"overlap/empty_fraction": pytest.approx(1 / 3)}
+
+
+@pytest.mark.parametrize(
+    ("tail", "negative"), [("bucket", {}), ("truncate", {"topk/truncated_negative_fraction": 0.5})]
+)
+def test_the_mass_on_the_support_is_reported(tail: str, negative: dict[str, float]) -> None:
+    """The pair, S = {1, 4}: p .25, q .7, truncated -.228; then the models swapped, S = {0, 1}: .5, .7, above 0."""
+    method = TopKDistillation(k=2, support="teacher", tail=tail)
+    logp_NV, logq_NV = torch.stack([LOGP, LOGQ]), torch.stack([LOGQ, LOGP])
+    tokens = tokens_of(method, logp_NV, logq_NV, [0, 0])
+    batch = replace(batch_of(method, {LOGP_STUDENT: [[-1.0, -1.0]]}), tallies=method.tally(tokens))
+    assert method.losses(tokens)[TRAINED][1] > 0
+    wanted = {"topk/student_mass_fraction": (0.25 + 0.5) / 2, "topk/teacher_mass_fraction": 0.7} | negative
+    assert method.metrics(batch, {}) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("form", ["direct", "detached_weights"])
