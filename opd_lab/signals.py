@@ -52,11 +52,19 @@ def objective(
 
     `weights` has shape N per term, `kept` the whole step's count of non-zero weights per term: summed over the
     micro-batches of a step, the scalars are the step's objective. Tokens whose every weight is 0 never enter the
-    losses; they are only recorded.
+    losses; they are only recorded. Tokens that count in the same terms share chunks, so that what a term says of a
+    token on which it has no weight, be it NaN, reaches no gradient.
     """
-    trained_N = torch.stack([weight_N != 0 for weight_N in weights.values()]).any(0)
-    index_N = trained_N.nonzero()[:, 0]
-    job = _Job(losses, tokens, declared, weights, kept, student, teacher, reference, chunk, record, tally, index_N)
+    counts_TN = torch.stack([weight_N != 0 for weight_N in weights.values()])
+    trained_N = counts_TN.any(0)
+    kinds_TK = counts_TN[:, trained_N].unique(dim=1)
+    same_KN = (counts_TN[:, None, :] == kinds_TK[:, :, None]).all(0)
+    parts = [
+        (rows, frozenset(term for term, on in zip(weights, kind_T.tolist()) if on))
+        for kind_T, same_N in zip(kinds_TK.T, same_KN)
+        for rows in same_N.nonzero()[:, 0].split(chunk)
+    ]
+    job = _Job(losses, tokens, declared, weights, kept, student, teacher, reference, record, tally, parts)
     head = student.head
     value = _Objective.apply(job, student.hidden_NH, head.weight_VH, head.bias_V, *student.layers.values())
     untrained_N = ~trained_N
@@ -65,6 +73,7 @@ def objective(
         seen = measure(record, *rest, chunk=chunk)
         for signal, value_N in seen.items():
             _into(job.out.signals, signal, untrained_N, value_N, len(trained_N))
+    job.out.values = {term: float(value) for term, value in job.totals.items()}
     return value, job.out
 
 
@@ -90,10 +99,10 @@ class _Job:
     student: States
     teacher: TeacherView | None
     reference: States | None
-    chunk: int
     record: frozenset[Signal]
     tally: Tally | None
-    index_N: Tensor  # the tokens that are trained
+    parts: list[tuple[Tensor, frozenset[str]]]  # chunks of the tokens that are trained, and the terms they count in
+    totals: dict[str, Tensor] = field(default_factory=dict)
     out: Recorded = field(default_factory=Recorded)
 
     def rebuild(self, leaves: list[Tensor | None]) -> States:
@@ -105,7 +114,7 @@ class _Job:
             hidden_NH, head, {s: t for s, t in zip(self.student.layers, layers, strict=True) if t is not None}
         )
 
-    def step(self, rows: Tensor, student: States) -> Tensor:
+    def step(self, rows: Tensor, terms: frozenset[str], student: States) -> Tensor:
         """One chunk: its share of the objective, with gradient to `student`."""
         old = {LOGP_OLD: self.tokens.signals[LOGP_OLD][rows]} if LOGP_OLD in self.tokens.signals else None
         frozen = None if self.reference is None else self.reference.at(rows)
@@ -114,12 +123,11 @@ class _Job:
         losses = self.losses(view)
         total = student.hidden_NH.new_zeros((), dtype=_wide(student.hidden_NH))
         for term, loss_N in losses.items():
-            weight_N = self.weights[term][rows].to(loss_N.dtype)
-            part = d.weighted_mean(loss_N, weight_N, self.kept[term])
-            total = total + part
-            self.out.values[term] = self.out.values.get(term, 0.0) + float(part.detach())
-            shown_N = loss_N.detach().masked_fill(weight_N == 0, float("nan"))
-            _into(self.out.losses, term, rows, shown_N, len(self.tokens.ids_N))
+            if term in terms:
+                part = d.weighted_mean(loss_N, self.weights[term][rows].to(loss_N.dtype), self.kept[term])
+                total = total + part
+                add(self.totals, {term: part.detach()})
+                _into(self.out.losses, term, rows, loss_N.detach(), len(self.tokens.ids_N))
         with torch.no_grad():
             for signal in self.record:
                 _into(self.out.signals, signal, rows, seen[signal].detach(), len(self.tokens.ids_N))
@@ -154,15 +162,14 @@ class _Objective(torch.autograd.Function):
         # A token's gradient is written once; the head's is a sum over chunks, which bf16 would not carry. What no loss
         # looks at keeps None, and costs nothing.
         grads: list[Tensor | None] = [None] * len(inputs)
-        value = torch.zeros((), dtype=wide, device=job.index_N.device)
-        for start in range(0, len(job.index_N), job.chunk):
-            rows = job.index_N[start : start + job.chunk]
+        value = torch.zeros((), dtype=wide, device=job.tokens.ids_N.device)
+        for rows, terms in job.parts:
             with torch.enable_grad():
                 leaves = [
                     None if t is None else (t[rows] if per_token[i] else t).detach() for i, t in enumerate(inputs)
                 ]
                 asked = [leaf.requires_grad_() for i, leaf in enumerate(leaves) if leaf is not None and i in wanted]
-                part = job.step(rows, job.rebuild(leaves))
+                part = job.step(rows, terms, job.rebuild(leaves))
             value = value + part.detach()
             if not part.requires_grad:
                 continue
