@@ -6,6 +6,7 @@ like contexts, and (C), occurrences that were hard and hardly improved, with wha
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -13,10 +14,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from opd_lab.methods.fire_opd import quantile
-from opd_lab.methods.rock_scores import TypeTable, top
+from opd_lab.methods.rock_scores import CONFIDENCE, TypeTable, top
 
 QUADRANTS = ("rock", "learned", "regressed", "easy")
-Z = 1.644854  # normal quantile of the 95 % lower bound
+Z = NormalDist().inv_cdf(CONFIDENCE)
 
 
 class Shares(NamedTuple):
