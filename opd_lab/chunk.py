@@ -74,6 +74,10 @@ class Declared(Mapping[Signal, Any]):
             raise UndeclaredSignalError(f"{signal} is not in {self._where} (declared: {have}); add it there to read it")
         return self._signals[signal]
 
+    def get(self, key: Signal, default: Any = None) -> Any:
+        """The signal if it is declared, else the default."""
+        return self._signals[key] if key in self._declared else default
+
     def __iter__(self) -> Iterator[Signal]:
         return iter(self._declared)
 

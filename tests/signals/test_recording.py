@@ -89,7 +89,8 @@ def test_a_term_that_is_no_number_where_it_has_no_weight_spoils_nothing() -> Non
     weights = {term: weight_N.clone() for term, weight_N in models().weights.items()}
     weights["opd"][0], weights["sft"][0] = 0.0, 1.0
     m = replace(models(), weights=weights)
-    m.teacher.hidden_NH[0] = torch.nan
+    with torch.no_grad():
+        m.teacher.hidden_NH[0] = torch.nan
     value, _ = m.run(LOSSES["two terms"])
     (gradient_NH,) = torch.autograd.grad(value, m.student.hidden_NH)
     assert value.isfinite()
