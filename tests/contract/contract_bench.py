@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,16 +14,17 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from opd_lab.chunk import Head, States
+from opd_lab.chunk import Head, States, layers_of
 from opd_lab.config import CONF, method_of
 from opd_lab.lab_models import lab_tokenizer
 from opd_lab.methods.base import Method
 from opd_lab.step import Gradient, Models, accumulate_gradient, whole_batch
 from opd_lab.train import tokenizer_digest
-from opd_lab.types import Behavior, Facts, Rollouts, Signal, Source
+from opd_lab.types import Behavior, Facts, Rollouts, Signal, Source, State
 
 YAMLS = sorted((CONF / "method").glob("*.yaml"))
-V, H = 13, 6
+V, H = 13, 8
+DEPTH = 2
 LENGTHS = (5, 3, 4, 5, 2, 1, 4, 0)
 REWARDS = (1.0, 0, 1, 0, 0, 1, 0, 0)
 GROUPS = (0, 0, 0, 1, 1, 1, 1, 1)
@@ -39,9 +40,10 @@ class Bench:
     features: Callable[[Rollouts], Tensor]  # NH, what the student's body would give
     teacher: Teacher
     reference_VH: Tensor  # the frozen initial student's
+    prepared: State = field(default_factory=dict)  # what the method fitted to these models
 
     def student(self, rollouts: Rollouts, signals: frozenset[Signal] = frozenset()) -> States:
-        return States(self.features(rollouts), Head(self.weight_VH))
+        return states(self.features(rollouts), self.weight_VH, layers_of("student", signals))
 
     def reference(self, rollouts: Rollouts, signals: frozenset[Signal]) -> States:
         return States(self.features(rollouts), Head(self.reference_VH))
@@ -49,7 +51,7 @@ class Bench:
     def batch(self, micro_batch: int = 100) -> tuple[Any, list[Any]]:
         return whole_batch(
             self.method, self.rollouts, Models(self.student, self.teacher, self.reference),
-            state=self.method.init_state(), step=3, seed=0, micro_batch=micro_batch, chunk=4,
+            state=self.method.init_state() | self.prepared, step=3, seed=0, micro_batch=micro_batch, chunk=4,
         )  # fmt: skip
 
     def run(self, micro_batch: int = 100, chunk: int = 4) -> tuple[Gradient, Tensor]:
@@ -77,10 +79,37 @@ class Teacher:
     provides: frozenset[str] = frozenset({"sampled", "topk", "full", "hidden", "text"})
 
     def view(self, rollouts: Rollouts, signals: frozenset[Signal]) -> States:
-        return States(self.features(rollouts), Head(self.weight_VH))
+        return states(self.features(rollouts), self.weight_VH, layers_of("teacher", signals))
 
     def continue_(self, rollouts: Rollouts, cuts_B: Tensor, *, samples: int, max_tokens: int) -> list[list[str]]:
         return [[f"text {i}" for i in range(samples)] for _ in range(len(rollouts))]
+
+
+@dataclass
+class Frozen:
+    """The models of a bench before its step."""
+
+    bench: Bench
+
+    def rollouts(self, prompts: int, max_tokens: int) -> Rollouts:
+        return self.bench.rollouts
+
+    def states(self, rollouts: Rollouts, signals: frozenset[Signal]) -> dict[Signal, Tensor]:
+        bench = self.bench
+        seen = {"student": bench.student(rollouts, signals), "teacher": bench.teacher.view(rollouts, signals)}
+        return {s: seen[o].layers[k].detach() for s in signals for o in seen for k in layers_of(o, frozenset({s}))}
+
+
+def states(features_NH: Tensor, weight_VH: Tensor, layers: frozenset[Signal]) -> States:
+    """Two blocks stand side by side on the features. They are made of the head's weights, so that there is one
+    parameter whatever a loss looks at."""
+    blocks = {1: weight_VH[:H], 2: weight_VH[-H:]}
+    found = {}
+    for signal in layers:
+        asked: dict[str, Any] = dict(signal.args)
+        seen_NH = features_NH if asked["align"] == "predict" else features_NH.roll(1, -1)
+        found[signal] = torch.stack([seen_NH @ blocks[block].T for block in asked["layers"]], 1)
+    return States(features_NH, Head(weight_VH), found)
 
 
 def features(seed: int) -> Callable[[Rollouts], Tensor]:
@@ -127,13 +156,18 @@ def small_bench(method: Method) -> Bench:
     other_VH = torch.randn(V, H, generator=generator, dtype=torch.float64)
     reference_VH = weight_VH.detach() + 0.3 * torch.randn(V, H, generator=generator, dtype=torch.float64)
     teacher = Teacher(features(2), other_VH)
-    return Bench(method, small_rollouts(weight_VH), weight_VH, features(1), teacher, reference_VH)
+    method = method.bind(FACTS)
+    bench = Bench(method, small_rollouts(weight_VH), weight_VH, features(1), teacher, reference_VH)
+    if method.preparation() is None:
+        return bench
+    return bench.but(prepared=method.prepare(Frozen(bench), method.init_state()).state)
 
 
 LAB = lab_tokenizer()
 FACTS = Facts(
     steps=10, behavior=Behavior(), max_tokens=48, per_prompt=4, updates_per_rollout=1, vocabulary=len(LAB), graded=True,
     tokenizer=tokenizer_digest(SimpleNamespace(tokenizer=LAB)), data="lab", teacher="local", engine="torch",
+    student_shape=(DEPTH, H), teacher_shape=(DEPTH, H),
 )  # fmt: skip
 
 
