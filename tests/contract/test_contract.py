@@ -159,5 +159,10 @@ def test_conventions_are_complete(method: Method):
     assert {"divergence", "estimator", "denominator"} <= method.conventions().keys()
 
 
-def test_the_lab_can_run_it(method: Method):
-    method.check(FACTS)
+def test_the_lab_can_run_it_or_it_says_what_is_missing(method: Method):
+    """A paper's own lengths do not fit the lab's short rollouts, and some methods need a third model."""
+    try:
+        method.check(FACTS)
+    except ValueError as error:
+        assert re.search(r"(method|model|rollout|data)\.\w+", str(error)), error
+        assert re.search(r"got|need|limit", str(error)), error
