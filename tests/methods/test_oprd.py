@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from contract_bench import FACTS, YAMLS, method_in, small_bench
+from lab_run import run
 from torch import Tensor
 
 from opd_lab import divergence as d
@@ -19,6 +21,7 @@ from opd_lab.methods.oprd import Oprd, supervised
 from opd_lab.models import LM
 from opd_lab.step import Models, accumulate_gradient, whole_batch
 from opd_lab.teacher.local import LocalTeacher
+from opd_lab.tracking import read
 from opd_lab.types import Rollouts, Tokens
 from tests.tiny import make, rollouts
 
@@ -229,6 +232,16 @@ def test_a_small_step_moves_the_states_towards_the_teachers(path: Any) -> None:
             bench.weight_VH -= 0.02 * grad_VH / grad_VH.norm()
     assert cosine() > before
     assert bench.run()[0].objective < found.objective
+
+
+def test_on_a_pair_of_one_shape_the_kl_falls_too(tmp_path: Path) -> None:
+    result = run(tmp_path, "method=oprd", "model=lab_same_shape", "steps=10", "rollout.prompts=16", "evaluate.every=0")
+    found = read.metrics(result.folder).pivot(index="step", columns="name", values="value")
+    first, last = found.loc[1], found.loc[10]
+    assert last["kl/reverse_mean_nats"] < 0.8 * first["kl/reverse_mean_nats"]
+    assert last["oprd/cosine_mean_fraction"] > first["oprd/cosine_mean_fraction"] + 0.03
+    assert last["loss/rep_value"] < 0.7 * first["loss/rep_value"]
+    assert last["oprd/hidden_mse_mean_raw"] == pytest.approx(last["loss/rep_value"], rel=0.1)  # all tokens, nearly
 
 
 # terms, metrics, words -------------------------------------------------------------------------------------------
