@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     score.add_argument("--samples", type=int, default=4, help="rollouts per problem")
     report = commands.add_parser("report", help="the table and the report of the runs in a folder")
     report.add_argument("folder", type=Path)
+    report.add_argument("--rebuild", metavar="URI", help="first log the runs again into this MLflow store")
+    sync = commands.add_parser("sync", help="deliver what a store missed while it was away")
+    sync.add_argument("run", type=Path, help="a run folder")
     recipe = commands.add_parser("make-lab-models", help="the recipe of the embedded lab's models")
     recipe.add_argument("folder", type=Path, nargs="?", default=Path("lab_models"))
     given = parser.parse_args(arguments)
@@ -83,9 +86,18 @@ def _evaluate(given: argparse.Namespace) -> int:
 
 
 def _report(given: argparse.Namespace) -> int:
-    from opd_lab.results import show
+    from opd_lab.results import rebuild, show
 
+    if given.rebuild:
+        rebuild(given.folder, given.rebuild)
     show(given.folder)
+    return 0
+
+
+def _sync(given: argparse.Namespace) -> int:
+    from opd_lab.results import deliver
+
+    print(deliver(given.run))
     return 0
 
 
@@ -102,6 +114,7 @@ _COMMANDS = {
     "doctor": _doctor,
     "evaluate": _evaluate,
     "report": _report,
+    "sync": _sync,
     "make-lab-models": _make_lab_models,
 }
 

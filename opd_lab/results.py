@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,14 +25,47 @@ def show(folder: Path) -> None:
     Raises:
         ValueError: there is no finished run.
     """
+    show_runs(runs_in(folder), folder)
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The run folders below a folder, or the folder itself.
+
+    Raises:
+        ValueError: there is none.
+    """
     if not folder.is_dir():
-        raise ValueError(
-            f"there is no folder {folder}; give a run folder, or a folder of runs such as opd_runs/opd_lab"
-        )
+        raise ValueError(f"there is no folder {folder}; give a run folder, or a folder of runs: opd_runs/EXPERIMENT")
     runs = [folder] if (folder / "status.json").is_file() else sorted(p.parent for p in folder.glob("*/status.json"))
     if not runs:
         raise ValueError(f"{folder} holds no run (no */status.json); runs are in opd_runs/EXPERIMENT")
-    show_runs(runs, folder)
+    return runs
+
+
+def rebuild(folder: Path, uri: str) -> None:
+    """Log every run of a folder into another MLflow store, from its files."""
+    from opd_lab.tracking import replay
+    from opd_lab.tracking.mlflow import MLflow
+
+    for run in runs_in(folder):
+        replay.rebuild(run.absolute(), MLflow(uri, run.absolute().parents[1]))
+        print(f"{run.name} logged into {uri}")
+
+
+def deliver(run: Path) -> str:
+    """Hand over what waits in a run folder for its MLflow store.
+
+    Raises:
+        ValueError: this is no run with a store.
+    """
+    from opd_lab.tracking import replay
+    from opd_lab.tracking.mlflow import IDENTITY, MLflow
+
+    if not (run / IDENTITY).is_file():
+        raise ValueError(f"{run} is no run folder with an MLflow store (no {IDENTITY})")
+    uri = json.loads((run / IDENTITY).read_text())["uri"]
+    waited = replay.sync(run.absolute(), MLflow(uri, run.absolute().parents[1]))
+    return "delivered" if waited else "nothing waits to be delivered"
 
 
 def show_runs(runs: Sequence[Path], folder: Path) -> None:
