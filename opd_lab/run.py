@@ -111,6 +111,8 @@ def execute(
         trainer = Trainer(settings, parts, tracker, folder, on_step=on_step, say=say)
         if again:
             trainer.resume()
+        if parts.method.status == "experimental":
+            say(f"{method_name} is experimental: its card names what is unknown")
         if trainer.step == 0:
             trainer.begin_with(preparation.prepare(settings, parts, say))
             for line in first_step(settings, parts, trainer.state):
@@ -180,6 +182,7 @@ def identity(
     b = settings.rollout
     tags = parts.method.conventions() | {
         "method": method_name,
+        "method_status": parts.method.status,
         "paper": parts.method.paper,
         "seed": str(settings.seed),
         "sampling_temperature": f"{b.temperature:g}",
