@@ -21,6 +21,7 @@ from opd_lab.types import LOGP_STUDENT, Behavior, Facts, Rollouts, Signal, State
 ROWS = 8  # rollouts sampled for the checks
 KNOWN = 16  # known answers shown to the grader
 WARNING = "warning: "
+NOTHING = 1e-6  # a gradient norm below which there is only rounding
 SAME = 1e-3  # relative difference of gradients that counts as none, in fp32
 
 
@@ -132,7 +133,7 @@ def first_step(settings: RunSettings, parts: Parts, state: State) -> list[str]:
         raise ValueError(
             f"the objective of the first rollouts is {found.objective}, its gradient not finite everywhere"
         )
-    if not bool(whole.any()):
+    if float(whole.norm()) < NOTHING:
         raise ValueError("the gradient of the first rollouts is 0: this student has nothing to learn from this teacher")
     seen.append(f"gradient finite, norm {float(whole.norm()):.3g}")
     seen += [f"{WARNING}{note}" for note in parts.method.notes(found.tallies)]
