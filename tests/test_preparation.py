@@ -173,3 +173,8 @@ def test_nothing_is_prepared_for_a_method_that_asks_for_nothing(tmp_path: Path) 
     parts = load_parts(chosen, lambda line: None)
     assert preparation.prepare(chosen, parts, print) == Prepared(parts.method.init_state(), {})
     assert not (tmp_path / "prepared").exists()
+
+
+def test_a_fit_that_the_models_cannot_write_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"method\.fit_max_new_tokens=4096 cannot be had: .* 256 positions"):
+        run(tmp_path, "method=oprd_bridge", "method.fit_prompts=4")

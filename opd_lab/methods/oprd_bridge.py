@@ -68,7 +68,10 @@ class OprdBridge(Oprd):
         return {name: getattr(self, name) for name in names}
 
     def prepare(self, ask: Frozen, state: State) -> Prepared:
-        rollouts = ask.rollouts(self.fit_prompts, self.fit_max_new_tokens)
+        try:
+            rollouts = ask.rollouts(self.fit_prompts, self.fit_max_new_tokens)
+        except ValueError as error:
+            raise ValueError(f"method.fit_max_new_tokens={self.fit_max_new_tokens} cannot be had: {error}") from error
         on_BT = supervised(rollouts.mask_BT, self.fit_positions, self.k)
         generator = torch.Generator().manual_seed(self.fit_seed)
         order_B = torch.randperm(len(rollouts), generator=generator)
