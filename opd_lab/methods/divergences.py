@@ -30,6 +30,8 @@ from opd_lab.types import FORWARD_KL, Needs, Tokens, jsd
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardKL(Method):
+    """Forward KL, which covers what the teacher likes, in place of reverse KL."""
+
     paper = "https://arxiv.org/abs/2306.13649"
     neutral: ClassVar = None
 
@@ -45,6 +47,8 @@ class ForwardKL(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class JSD(Method):
+    """A divergence between forward and reverse KL."""
+
     paper = "https://arxiv.org/abs/2306.13649"
     neutral: ClassVar = {"beta": 1.0}
 

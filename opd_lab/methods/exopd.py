@@ -9,9 +9,10 @@ beginning, or the model that the teacher was trained from.
     base full     loss_t = KL(p || q^lambda r^(1-lambda) / Z), the same gradient in expectation
     objective = sum_t loss_t / #tokens of the step
 
+The key is `lambda_`, for Python keeps the plain word.
+
 Neutral: lambda_ 1, base full.
 Differs: the released example trains plain OPD at learning rate 1e-6 and ExOPD at 1e-5; compare at one rate.
-The key is `lambda_`, for Python keeps the plain word.
 
 Metrics: exopd/advantage_mean_nats, exopd/teacher_over_reference_mean_nats.
 """

@@ -20,6 +20,7 @@ Ours: filter_scope group; the soft filter u = 2 (rank + 1) / (N + 1), by ascendi
 ceil(hard_token_fraction T) largest raw of a rollout.
 
 Neutral: skip_percentile, alpha and beta 0 with token_loss full; with sampled, in expectation.
+Code: github.com/YuYingLi0/FiRe-OPD
 Differs: the released scripts take quantile, maxima and means inside micro-batches of one rollout, where nothing is ever
          dropped; here over the whole step. `fire_opd_official_code` replays them.
 Differs: their "token mean" is then a mean of rollout means: `aggregation: sequence_mean`.

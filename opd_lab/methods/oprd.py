@@ -1,4 +1,6 @@
-"""On-policy representation distillation: `method=oprd`, and `method=oprd_bridge` for models of different shape.
+"""OPRD, the teacher's hidden states instead of its distributions: `method=oprd`.
+
+For models of different shape: `method=oprd_bridge`.
 
 arXiv 2606.06021. On the student's own rollouts its hidden states are pulled towards the teacher's, block by block,
 instead of its next-token distribution towards the teacher's. Nobody's LM head is run or gets a gradient. The squared
@@ -18,6 +20,7 @@ the principal directions come from all rows, not from `pca_rows` of them.
 
 Neutral: coef 0 with token_loss full.
 Not zero at teacher := student: the Bridge, whose student side has no intercept.
+Code: github.com/ShenzhiYang2000/OPRD, the Bridge in its default branch, Vanilla in main.
 Differs: the released code reads states at the response tokens, not before them, and averages over a micro-batch's
          tokens; `oprd_official_code` replays both. It counts blocks from 0, so its even blocks are our odd ones.
 Differs: its Bridge takes the mean over r times 10, where Eq. 14 sums: `oprd_bridge_official_code`. It normalises

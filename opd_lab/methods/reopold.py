@@ -12,9 +12,11 @@ the tokens at which the student is least sure.
 The floor follows from mixing the teacher with the student:  log((1 - lambda) e^R + lambda) >= log(1 - lambda) +
 max(R, floor), with equality as R goes to either infinity. Three sources print it so, one prints log(lambda)/(1-lambda).
 
+The key is `lambda_`, for Python keeps the plain word.
+
 Status: reopold_clip, the floor alone, ships; reopold is experimental. Unknown, and ours: the step at which the stages
-change (switch_step 0 = the second from the start), and that the quantile is taken over the step. lambda and beta are
-read off figures. The key is `lambda_`, for Python keeps the plain word.
+         change (switch_step 0 = the second from the start), and that the quantile is taken over the step. lambda and
+         beta are read off figures.
 Neutral: none. lambda_ 0 (and beta 1) is method=sampled, plain OPD in expectation.
 Differs: unknown; no released code was seen.
 
@@ -37,6 +39,8 @@ from opd_lab.types import ENTROPY_STUDENT, LOGP_STUDENT, LOGP_TEACHER, Batch, Ne
 
 @dataclass(frozen=True, kw_only=True)
 class ReopoldClip(PolicyGradient):
+    """A floor under the log-ratio, which has no bound of its own."""
+
     paper = "https://arxiv.org/abs/2603.11137"
 
     lambda_: float = 0.2
@@ -69,6 +73,8 @@ class ReopoldClip(PolicyGradient):
 
 @dataclass(frozen=True, kw_only=True)
 class Reopold(ReopoldClip):
+    """The floor, and only the tokens at which the student is least sure."""
+
     status: ClassVar[str] = "experimental"
 
     beta: float = 0.5

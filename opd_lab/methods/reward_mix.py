@@ -65,6 +65,8 @@ class GroupRewards(PolicyGradient):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardMix(GroupRewards):
+    """The answer's reward beside the teacher's log-ratio."""
+
     paper = "https://github.com/THUDM/slime"
     towards_teacher: ClassVar = {"kl_coef": 1.0, "reward_coef": 0.0}
 
@@ -97,6 +99,8 @@ class RewardMix(GroupRewards):
 
 @dataclass(frozen=True, kw_only=True)
 class GRPO(RewardMix):
+    """The answer's reward alone, without a teacher."""
+
     paper = "https://arxiv.org/abs/2402.03300"
 
     kl_coef: float = 0.0
@@ -104,6 +108,8 @@ class GRPO(RewardMix):
 
 @dataclass(frozen=True, kw_only=True)
 class KDRL(GroupRewards):
+    """The answer's reward, and the k2 form of reverse KL with a falling coefficient."""
+
     paper = "https://arxiv.org/abs/2506.02208"
     towards_teacher: ClassVar = {"beta_start": 100.0, "beta_end": 100.0}
     status: ClassVar[str] = "experimental"

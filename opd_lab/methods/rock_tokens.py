@@ -19,6 +19,7 @@ and the decay; `mask: random_positions`, a control, freezes as many other tokens
 step, rollout, position), or all others where those are fewer. Online R may name any token, a stop id included.
 
 Neutral: rock_weight 1 with normalizer all_tokens.
+Code: github.com/YuxuanJiang1/Rock-Token
 Differs: the released code tests the token *before* the label, so that the loss after each rock is frozen, and the last
          prompt token judges the first response token: `align: previous`.
 Differs: its normaliser acts per micro-batch of one rollout, so that the learning rate grows as lambda falls, and short

@@ -22,7 +22,7 @@ form score. A number that depends on the prefix alone, such as a top-k KL, is no
 gradient is zero.
 
 Variants: sampled_k2, sampled_k3_forward, sampled_baseline, sampled_sequence (discount 1), power_opd, log_clip,
-log_tanh, log_zscore.
+          log_tanh, log_zscore.
 Neutral: none. With reward log and discount 0 it equals plain OPD in expectation, which a test computes exactly.
 Differs: PowerOPD's code masks the last stop token and averages inside micro-batches; here neither. Its zscore divides
          by at least 1e-8, here by at least 1e-6.

@@ -21,6 +21,7 @@ weight there); so does a rollout without a verdict.
 Neutral: route all_wrong, truncated wrong, wrong_loss full, teacher_weight uniform, weight_scale mean_one, denominator
          path_tokens.
 Not zero at teacher := student: the correct path raises its own likelihood.
+Code: github.com/machine981/SCOPE
 Differs: the released scripts weigh correct rollouts *down* with perplexity (`scope_official_code`, student_weight
          low_ppl), against their own documentation; the repository's default also reverses the teacher's direction.
 Differs: they scale weights to mean 1, take -w log pi over the correct tokens and the wrong path over all tokens

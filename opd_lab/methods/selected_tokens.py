@@ -12,8 +12,8 @@ tokens, by the student's entropy, by entropy and divergence together, or without
 
 denominator kept divides by the kept tokens, all by all of them. Equal values at the quantile are all kept.
 
-Status: entropy_top20 ships as our reading (whose entropy and which denominator are not known); tip is experimental (its
-normalisation is unknown: division by the step's largest value is ours); suppress_rare is a control.
+Status: entropy_top20 ships as our reading (whose entropy and which denominator are not known); tip is experimental
+         (its normalisation is unknown: division by the step's largest value is ours); suppress_rare is a control.
 Neutral: keep 1 or rho 1, with base full. Neutral: none for suppress_rare, it has no teacher.
 Differs: unknown; no released code was seen.
 
@@ -46,6 +46,8 @@ ENTROPY = {"student": ENTROPY_STUDENT, "teacher": ENTROPY_TEACHER}
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyTop(Method):
+    """Plain OPD on the tokens of highest entropy."""
+
     paper = "https://arxiv.org/abs/2606.01249"
     neutral: ClassVar = {"keep": 1.0, "base": "full"}
     towards_teacher: ClassVar = {"base": "full"}
@@ -89,6 +91,8 @@ class EntropyTop(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class TIP(Method):
+    """Plain OPD on the tokens of high entropy or high divergence."""
+
     paper = "https://arxiv.org/abs/2604.14084"
     status: ClassVar[str] = "experimental"
     neutral: ClassVar = {"rho": 1.0}
@@ -115,6 +119,8 @@ class TIP(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class SuppressRare(Method):
+    """Rare tokens are pushed down, whatever the teacher says."""
+
     paper = "https://arxiv.org/abs/2608.31046"
     status: ClassVar[str] = "control"
     neutral: ClassVar = None

@@ -12,7 +12,8 @@ p = q^(1/(1-beta)) / Z; from beta 1 on that is a single token.
 
 Neutral: divergence reverse, beta0 0, beta1 0.
 Differs: the released code compares logits from one position late, so that the first response token is never trained and
-the position after the last one is, and averages positions per prompt; ours trains the generated tokens, each once.
+         the position after the last one is, and averages positions per prompt; ours trains the generated tokens, each
+         once.
 
 Metrics: veto/beta_ratio.
 """
