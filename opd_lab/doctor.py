@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from opd_lab.chunk import States, TeacherView, measure, of_the_student, teacher_must
+from opd_lab.chunk import States, TeacherView, measure, of_the_student, reads, teacher_must
 from opd_lab.data.grading import rates
+from opd_lab.methods.base import Continued
 from opd_lab.settings import RunSettings
 from opd_lab.step import Gradient, Scorer, StatesOf, accumulate_gradient, whole_batch
 from opd_lab.train import Parts
@@ -28,11 +30,20 @@ SAME = 1e-3  # relative difference of gradients that counts as none, in fp32
 def compatible(facts: Facts, parts: Parts) -> None:
     """The method, bound to these facts, can work with this teacher."""
     needs = parts.method.needs()
+    if needs.text and "text" not in parts.teacher.provides:
+        raise ValueError(
+            f"method {type(parts.method).__module__.rpartition('.')[2]} asks the teacher for text, "
+            f"teacher={facts.teacher} can only score; use teacher=local or teacher=server"
+        )
     if lacking := teacher_must(needs.batch | needs.tokens) - parts.teacher.provides:
         wanted = ", ".join(sorted(str(s) for s in needs.batch | needs.tokens if teacher_must(frozenset({s})) & lacking))
         raise ValueError(
             f"{type(parts.method).__name__} needs {wanted} of the teacher, teacher={facts.teacher} can only give "
             f"{', '.join(sorted(parts.teacher.provides))}; use teacher=local"
+        )
+    if parts.reference is None and "reference" in reads(needs.batch | needs.tokens):
+        raise ValueError(
+            f"{type(parts.method).__name__} needs the reference model, the frozen initial student; got none"
         )
 
 
@@ -50,12 +61,17 @@ class Twin:
 
 
 class Other:
-    """A teacher that is none of them: the real one with its vocabulary, widths and scores moved by one."""
+    """A teacher that is none of them: the real one with its vocabulary, widths and scores moved by one, and every text
+    read backwards."""
 
     name = "other"
 
     def __init__(self, like: Scorer) -> None:
-        self._like, self.provides, self.continue_ = like, like.provides, like.continue_
+        self._like, self.provides = like, like.provides
+
+    def continue_(self, rollouts: Rollouts, cuts_B: torch.Tensor, **how: Any) -> list[Continued]:
+        found = self._like.continue_(rollouts, cuts_B, **how)
+        return [Continued([text[::-1] for text in written.texts], written.tokens) for written in found]
 
     def view(self, rollouts: Rollouts, signals: frozenset[Signal]) -> TeacherView:
         seen = self._like.view(rollouts, signals)
@@ -145,7 +161,7 @@ def first_step(settings: RunSettings, parts: Parts, state: State) -> list[str]:
         )
     seen.append(f"micro-batch 1 against all: gradient differs by {difference:.1e} of its norm")
     needs = parts.method.needs()
-    if teacher_must(needs.batch | needs.tokens):
+    if teacher_must(needs.batch | needs.tokens) or needs.text:
         seen += _teacher_counts(parts, gradient, whole)
     return seen
 

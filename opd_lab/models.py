@@ -108,6 +108,11 @@ class LM:
         rows = [ids[:-1] if stop and ids else ids for ids, stop in zip(rows, stopped, strict=True)]
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in rows]
 
+    def shortened(self, text: str, tokens: int) -> str:
+        """The beginning of a text that the tokenizer makes so many tokens of."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return text if len(ids) <= tokens else str(self.tokenizer.decode(ids[:tokens], skip_special_tokens=True))
+
     def digest(self) -> str:
         """sha256 of the weights: names, types, shapes and bytes."""
         sha = hashlib.sha256()

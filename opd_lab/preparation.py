@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from opd_lab.checkpoint import pack, unpack
-from opd_lab.chunk import layers_of
+from opd_lab.chunk import States, layers_of
 from opd_lab.data.prompts import PromptStream
 from opd_lab.methods.base import Frozen, Method, Prepared
 from opd_lab.models import evaluating
@@ -59,12 +59,16 @@ class FrozenPair:
     @torch.no_grad()
     def states(self, rollouts: Rollouts, signals: frozenset[Signal]) -> dict[Signal, Tensor]:
         found = {}
-        for owner, lm in (("student", self.parts.student), ("teacher", self.parts.teacher.lm)):
-            if asked := [signal for signal in signals if dict(signal.args)["owner"] == owner]:
-                with evaluating(lm.module):
-                    seen = lm.states(rollouts, layers_of(owner, frozenset(asked))).layers
-                found |= {signal: seen[key] for signal in asked for key in layers_of(owner, frozenset({signal}))}
+        for owner, view in {"student": self._student, "teacher": self.parts.teacher.view}.items():
+            if asked := frozenset(signal for signal in signals if dict(signal.args)["owner"] == owner):
+                seen = view(rollouts, asked)
+                assert isinstance(seen, States), "a teacher without hidden states is refused before"
+                found |= {s: seen.layers[key] for s in asked for key in layers_of(owner, frozenset({s}))}
         return found
+
+    def _student(self, rollouts: Rollouts, signals: frozenset[Signal]) -> States:
+        with evaluating(self.parts.student.module):
+            return self.parts.models.student(rollouts, signals)
 
 
 def prepare(settings: RunSettings, parts: Parts, say: Callable[[str], None]) -> Prepared:
@@ -84,7 +88,7 @@ def key(settings: RunSettings, parts: Parts) -> str:
         "method": f"{kind.__module__}.{kind.__name__}",
         "fields": parts.method.preparation(),
         "student": parts.student.digest(),
-        "teacher": parts.teacher.lm.digest(),
+        "teacher": parts.teacher.digest(),
         "tokenizer": tokenizer_digest(parts.student),
         "stop_ids": sorted(parts.student.stop_ids),
         "data": [parts.data.digest, hashlib.sha256(repr([e.ids for e in parts.data.train]).encode()).hexdigest()],

@@ -157,10 +157,8 @@ def examine(settings: RunSettings, method_name: str, config_yaml: str, say: Say)
             t = settings.tracking
             say(f"store: {open_store(t.uri, Path(t.folder).absolute(), t.experiment).uri} can be written")
         memory = settings.rollout.prompts * settings.rollout.per_prompt * settings.rollout.max_tokens
-        say(
-            f"one step: at most {memory:,} response tokens; teacher states "
-            f"{memory * parts.teacher.lm.head.weight_VH.shape[1] * 4 / 1e6:.1f} MB"
-        )
+        width = parts.teacher.shape[1] if parts.teacher.shape else 0
+        say(f"one step: at most {memory:,} response tokens; teacher states {memory * width * 4 / 1e6:.1f} MB")
     say("everything works")
 
 
@@ -194,7 +192,7 @@ def identity(
         "student": parts.student.path,
         "student_digest": parts.student.digest(),
         "teacher": settings.model.teacher.path,
-        "teacher_digest": parts.teacher.lm.digest(),
+        "teacher_digest": parts.teacher.digest(),
         "vocabulary": str(parts.student.vocabulary),
     }
     return RunInfo(

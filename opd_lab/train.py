@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -28,10 +28,27 @@ from opd_lab.models import LM
 from opd_lab.optimize import adamw, learn, learning_rate
 from opd_lab.rollout.torch_engine import TorchEngine
 from opd_lab.settings import RunSettings
-from opd_lab.step import Models, StatesOf, View, whole_batch
-from opd_lab.teacher.local import LocalTeacher
+from opd_lab.step import Models, Scorer, StatesOf, View, whole_batch
 from opd_lab.tracking.tracker import Tracker
 from opd_lab.types import Batch, Behavior, Facts, Report, Rollouts, State
+
+
+class Teacher(Scorer, Protocol):
+    """A teacher, as a run sees it."""
+
+    @property
+    def lm(self) -> LM | None:
+        """The model itself, where it is in this process."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """Depth and width; None = it gives no hidden states."""
+        ...
+
+    def digest(self) -> str:
+        """Of what decides its answers."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +56,7 @@ class Parts:
     """What a run is made of."""
 
     student: LM
-    teacher: LocalTeacher
+    teacher: Teacher
     engine: TorchEngine
     data: Dataset
     method: Method
@@ -47,7 +64,8 @@ class Parts:
 
     @property
     def models(self) -> Models:
-        return Models(_states_of(self.student), self.teacher, _states_of(self.reference) if self.reference else None)
+        reference = _states_of(self.reference) if self.reference else None
+        return Models(_states_of(self.student), self.teacher, reference, self.student)
 
 
 def _states_of(lm: LM) -> StatesOf:
@@ -211,6 +229,8 @@ class Trainer:
         tokens = int(batch.rollouts.length_B.sum())
         self.totals["generated_tokens"] += tokens
         self.totals["teacher_scored_tokens"] += tokens if any(view.teacher is not None for view in views) else 0
+        for name, count in batch.cost.items():
+            self.totals[name] = self.totals.get(name, 0) + count
         seconds = time.perf_counter() - begin
         self.totals["seconds"] += seconds
         report.scalars |= {f"loss/{term}_value": value for term, value in gradient.values.items()}
@@ -225,6 +245,7 @@ class Trainer:
             "time/tokens_per_second": tokens / seconds,
         }
         report.scalars |= {f"time/{name}_seconds": value for name, value in self.clock.items()}
+        report.scalars |= {f"cost/{name}": float(self.totals[name]) for name in batch.cost}
         return report
 
     @contextmanager

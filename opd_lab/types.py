@@ -136,6 +136,7 @@ class Needs:
 
     batch: frozenset[Signal] = frozenset()
     tokens: frozenset[Signal] = frozenset()
+    text: bool = False  # the teacher is asked to continue texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,8 @@ class Batch:
     step: int = 0
     seed: int = 0
     tallies: Mapping[str, Tensor] = field(default_factory=dict)  # made by `Method.tally`; there after the gradient
+    cost: Mapping[str, int] = field(default_factory=dict)  # of the questions that `Method.consult` asked
+    shown: list[dict[str, Any]] = field(default_factory=list)  # what `Method.consult` shows to people
 
     def __getitem__(self, signal: Signal) -> Tensor:
         return self.signals[signal]

@@ -64,6 +64,9 @@ def observe(
         {"step": batch.step, **row} for row in high_loss.table(decode, settings.high_loss_rows)
     ]
     report.tables["rollouts"] = sample(batch, weights, losses, decode, settings.sample_rollouts)
+    if batch.shown:
+        sampled = {row["uid"] for row in report.tables["rollouts"]}
+        report.tables["consulted"] = [{"step": batch.step, **row} for row in batch.shown if row["uid"] in sampled]
     return report
 
 

@@ -38,11 +38,46 @@ from opd_lab.types import REVERSE_KL, Batch, Behavior, Facts, Needs, Rollouts, S
 TRAINED = "opd"  # the name of a method's only term
 
 
-class Ask(Protocol):
-    """What `consult` may ask of the teacher."""
+class Continued(NamedTuple):
+    """What a teacher wrote after one prefix."""
 
-    def continue_(self, rollouts: Rollouts, cuts_B: Tensor, *, samples: int, max_tokens: int) -> list[list[str]]:
-        """`samples` texts per rollout, each continuing its response from before token `cuts_B[b]`."""
+    texts: list[str]  # without special tokens
+    tokens: int  # written for all of them, their ends included
+
+
+class Writer(Protocol):
+    """Who can go on with a text."""
+
+    def continue_(
+        self,
+        rollouts: Rollouts,
+        cuts_B: Tensor,
+        *,
+        samples: int,
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: tuple[int, ...],
+    ) -> list[Continued]:
+        """`samples` texts per rollout, each going on from its prompt and the response before token `cuts_B[b]`: nothing
+        from there on is shown. What is drawn depends on the seed, the rollout's uid and the cut alone."""
+        ...
+
+
+class Ask(Writer, Protocol):
+    """What `consult` may ask: the teacher for text (declared by `Needs.text`), and what the student's tokens read like.
+    For several questions about one rollout give its row several times: `rollouts.rows(row_C)`."""
+
+    def texts(self, rollouts: Rollouts, begin_B: Tensor, end_B: Tensor) -> list[str]:
+        """Response tokens begin, ..., end - 1 of each rollout as text, without special tokens."""
+        ...
+
+    def shortened(self, text: str, tokens: int) -> str:
+        """The beginning of a text that the student's tokenizer makes so many tokens of."""
+        ...
+
+    def show(self, **row: Any) -> None:
+        """A row of the step's table `consulted`, for people to read; `uid` says which rollout it speaks of."""
         ...
 
 

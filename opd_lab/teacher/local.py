@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from opd_lab.chunk import States, layers_of
+from opd_lab.methods.base import Continued
 from opd_lab.models import LM, evaluating
 from opd_lab.rollout.torch_engine import TorchEngine
 from opd_lab.types import Behavior, Rollouts, Signal
@@ -17,7 +18,6 @@ from opd_lab.types import Behavior, Rollouts, Signal
 @dataclass(slots=True)
 class LocalTeacher:
     lm: LM
-    seed: int = 0  # of its continuations
     decode_rows: int = 64  # continuations decoded together
     name: str = "local"
     provides: frozenset[str] = frozenset({"sampled", "topk", "full", "hidden", "text"})
@@ -26,18 +26,29 @@ class LocalTeacher:
     def shape(self) -> tuple[int, int] | None:
         return self.lm.shape
 
+    def digest(self) -> str:
+        return self.lm.digest()
+
     def view(self, rollouts: Rollouts, signals: frozenset[Signal] = frozenset()) -> States:
         """The states that predict the generated tokens, in row-major order of `mask_BT`, without gradient."""
         with torch.no_grad(), evaluating(self.lm.module):
             return self.lm.states(rollouts, layers_of("teacher", signals))
 
-    def continue_(self, rollouts: Rollouts, cuts_B: Tensor, *, samples: int, max_tokens: int) -> list[list[str]]:
-        """`samples` texts per rollout from before token `cuts_B[b]`, at temperature 1. What a rollout draws depends on
-        its uid, its cut and the seed alone: neither on its neighbours nor on what was asked before."""
+    def continue_(
+        self,
+        rollouts: Rollouts,
+        cuts_B: Tensor,
+        *,
+        samples: int,
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: tuple[int, ...],
+    ) -> list[Continued]:
+        """All prefixes decoded together. What a rollout draws depends neither on its neighbours nor on what was asked
+        before."""
         prefixes = _prefixes(rollouts, cuts_B)
-        generators = [
-            _generator(self.seed, *pair) for pair in zip(rollouts.uid_B.tolist(), cuts_B.tolist(), strict=True)
-        ]
+        generators = [_generator(*seed, *pair) for pair in zip(rollouts.uid_B.tolist(), cuts_B.tolist(), strict=True)]
         uniform_BT = torch.cat(
             [torch.rand((samples, max_tokens), generator=g, dtype=torch.float64) for g in generators]
         )
@@ -45,13 +56,14 @@ class LocalTeacher:
         answers = engine.decode(
             self.lm,
             [prefix for prefix in prefixes for _ in range(samples)],
-            behavior=Behavior(),
+            behavior=Behavior(temperature, top_p),
             group_B=rollouts.group_B.repeat_interleave(samples),
             uid_B=rollouts.uid_B.repeat_interleave(samples),
             uniform_BT=uniform_BT,
         )
-        texts = self.lm.texts(answers)
-        return [texts[begin : begin + samples] for begin in range(0, len(texts), samples)]
+        texts, tokens = self.lm.texts(answers), answers.length_B.tolist()
+        parts = [slice(begin, begin + samples) for begin in range(0, len(texts), samples)]
+        return [Continued(texts[part], sum(tokens[part])) for part in parts]
 
 
 def _prefixes(rollouts: Rollouts, cuts_B: Tensor) -> list[list[int]]:
@@ -61,6 +73,6 @@ def _prefixes(rollouts: Rollouts, cuts_B: Tensor) -> list[list[int]]:
     return [ids_L[:end][real_L[:end]].tolist() for ids_L, real_L, end in rows]
 
 
-def _generator(seed: int, uid: int, cut: int) -> torch.Generator:
-    digest = hashlib.sha256(f"continue {seed} {uid} {cut}".encode()).digest()
+def _generator(*owner: int) -> torch.Generator:
+    digest = hashlib.sha256(f"continue {' '.join(map(str, owner))}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

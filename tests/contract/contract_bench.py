@@ -17,7 +17,8 @@ from torch import Tensor
 from opd_lab.chunk import Head, States, layers_of
 from opd_lab.config import CONF, method_of
 from opd_lab.lab_models import lab_tokenizer
-from opd_lab.methods.base import Method
+from opd_lab.methods.base import Continued, Method
+from opd_lab.methods.coins import uniform
 from opd_lab.step import Gradient, Models, accumulate_gradient, whole_batch
 from opd_lab.train import tokenizer_digest
 from opd_lab.types import Behavior, Facts, Rollouts, Signal, Source, State
@@ -50,7 +51,7 @@ class Bench:
 
     def batch(self, micro_batch: int = 100) -> tuple[Any, list[Any]]:
         return whole_batch(
-            self.method, self.rollouts, Models(self.student, self.teacher, self.reference),
+            self.method, self.rollouts, Models(self.student, self.teacher, self.reference, Language()),
             state=self.method.init_state() | self.prepared, step=3, seed=0, micro_batch=micro_batch, chunk=4,
         )  # fmt: skip
 
@@ -81,8 +82,29 @@ class Teacher:
     def view(self, rollouts: Rollouts, signals: frozenset[Signal]) -> States:
         return states(self.features(rollouts), self.weight_VH, layers_of("teacher", signals))
 
-    def continue_(self, rollouts: Rollouts, cuts_B: Tensor, *, samples: int, max_tokens: int) -> list[list[str]]:
-        return [[f"text {i}" for i in range(samples)] for _ in range(len(rollouts))]
+    def continue_(
+        self, rollouts: Rollouts, cuts_B: Tensor, *, samples: int, max_tokens: int, seed: tuple[int, ...], **how: Any
+    ) -> list[Continued]:
+        owners = zip(rollouts.uid_B.tolist(), cuts_B.tolist(), strict=True)
+        return [Continued([words(V, max_tokens, *seed, *o, i) for i in range(samples)], max_tokens) for o in owners]
+
+
+def words(vocabulary: int, tokens: int, *owner: int) -> str:
+    ids = (vocabulary * uniform(*owner, torch.arange(tokens))).long()
+    return " ".join(f"w{i}" for i in ids.tolist())
+
+
+class Language:
+    """Every token is a word of its own."""
+
+    def texts(self, rollouts: Rollouts) -> list[str]:
+        there_BT = rollouts.source_BT != Source.PADDING
+        return [
+            " ".join(f"w{i}" for i in ids_T[there_T].tolist()) for ids_T, there_T in zip(rollouts.response_BT, there_BT)
+        ]
+
+    def shortened(self, text: str, tokens: int) -> str:
+        return " ".join(text.split()[:tokens])
 
 
 @dataclass

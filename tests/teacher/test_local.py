@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from opd_lab.chunk import measure
-from opd_lab.methods.base import Ask
+from opd_lab.methods.base import Continued, Writer
+from opd_lab.rollout.torch_engine import filtered
 from opd_lab.step import Scorer
 from opd_lab.teacher.local import LocalTeacher
-from opd_lab.types import LOGP_TEACHER, REVERSE_KL
+from opd_lab.types import LOGP_TEACHER, REVERSE_KL, Behavior, Rollouts
 from tests.tiny import make, rollouts
 
 PROMPTS, RESPONSES = [[3, 4, 5], [7], [6, 6]], [[8, 9, 1], [9, 10, 11, 12], [13, 14, 15]]
 CUTS = torch.tensor([0, 2, 3])
 
 
+def asked(
+    teacher: LocalTeacher, some: Rollouts, cuts_B: Tensor, samples: int, max_tokens: int, seed: int = 0, **how: float
+):
+    plain = {"temperature": 1.0, "top_p": 1.0} | how
+    return teacher.continue_(some, cuts_B, samples=samples, max_tokens=max_tokens, seed=(seed,), **plain)
+
+
+def texts_of(*args, **how) -> list[list[str]]:
+    return [written.texts for written in asked(*args, **how)]
+
+
 def test_it_is_what_the_step_and_the_methods_ask_for() -> None:
     teacher = LocalTeacher(make())
     scorer: Scorer = teacher
-    ask: Ask = teacher
-    assert scorer is ask
+    writer: Writer = teacher
+    assert scorer is writer
     assert (teacher.name, teacher.provides) == ("local", {"sampled", "topk", "full", "hidden", "text"})
 
 
@@ -63,7 +76,7 @@ def test_continuations_begin_where_the_response_was_cut() -> None:
     lm = make("llama", seed=3)
     with torch.no_grad():
         lm.module.lm_head.weight *= 1000
-    texts = LocalTeacher(lm).continue_(rollouts(PROMPTS, RESPONSES, extra=2), CUTS, samples=2, max_tokens=6)
+    texts = texts_of(LocalTeacher(lm), rollouts(PROMPTS, RESPONSES, extra=2), CUTS, 2, 6)
     for (prompt, response), cut, answers in zip(zip(PROMPTS, RESPONSES), CUTS.tolist(), texts, strict=True):
         prefix = prompt + response[:cut]
         out_1L = lm.module.generate(torch.tensor([prefix]), do_sample=False, max_new_tokens=6)  # pyright: ignore
@@ -74,23 +87,48 @@ def test_what_is_drawn_depends_on_uid_cut_and_seed_alone() -> None:
     lm, some = make(), rollouts(PROMPTS, RESPONSES)
     some.uid_B.copy_(torch.tensor([5, 6, 7]))
     teacher = LocalTeacher(lm)
-    texts = teacher.continue_(some, CUTS, samples=3, max_tokens=8)
-    assert texts == teacher.continue_(some, CUTS, samples=3, max_tokens=8)
+    texts = texts_of(teacher, some, CUTS, 3, 8)
+    assert texts == texts_of(teacher, some, CUTS, 3, 8)
     turned_B = torch.tensor([2, 0, 1])
-    assert [texts[b] for b in turned_B.tolist()] == teacher.continue_(
-        some.rows(turned_B), CUTS[turned_B], samples=3, max_tokens=8
-    )
-    assert texts != LocalTeacher(lm, seed=1).continue_(some, CUTS, samples=3, max_tokens=8)
+    turned = texts_of(teacher, some.rows(turned_B), CUTS[turned_B], 3, 8)
+    assert [texts[b] for b in turned_B.tolist()] == turned
+    assert texts != texts_of(teacher, some, CUTS, 3, 8, seed=1)
     assert len(set(texts[0])) > 1
     some.uid_B[0] = 8
-    others = teacher.continue_(some, CUTS, samples=3, max_tokens=8)
+    others = texts_of(teacher, some, CUTS, 3, 8)
     assert others[0] != texts[0] and others[1:] == texts[1:]
 
 
 def test_frequencies_after_the_cut_are_the_teachers_probabilities() -> None:
     lm, some = make("qwen2_tied"), rollouts([[3, 4, 5]], [[8, 9]])
-    (texts,) = LocalTeacher(lm).continue_(some, torch.tensor([1]), samples=4000, max_tokens=1)
+    (texts,) = texts_of(LocalTeacher(lm), some, torch.tensor([1]), 4000, 1)
     p_V = lm.module(input_ids=torch.tensor([[3, 4, 5, 8]])).logits[0, -1].softmax(-1).detach()
     likely = int(p_V[3:20].argmax()) + 3  # an id with a text
     share = texts.count(str(lm.tokenizer.decode([likely]))) / 4000
     assert abs(share - float(p_V[likely])) < 4 * (0.25 / 4000) ** 0.5
+
+
+def test_temperature_and_top_p_are_those_asked_for() -> None:
+    lm, some = make("qwen2_tied"), rollouts([[3, 4, 5]], [[8, 9]])
+    (texts,) = texts_of(LocalTeacher(lm), some, torch.tensor([1]), 4000, 1, temperature=0.5, top_p=0.8)
+    logits_1V = lm.module(input_ids=torch.tensor([[3, 4, 5, 8]])).logits[:, -1, : lm.vocabulary].detach()
+    p_V = filtered(logits_1V, Behavior(temperature=0.5, top_p=0.8))[0].exp()
+    likely = int(p_V[3:20].argmax()) + 3
+    share = texts.count(str(lm.tokenizer.decode([likely]))) / 4000
+    assert abs(share - float(p_V[likely])) < 4 * (0.25 / 4000) ** 0.5
+    assert int((p_V == 0).sum()) > 0
+
+
+def test_several_cuts_of_one_rollout_and_the_tokens_written() -> None:
+    lm, some = make(), rollouts(PROMPTS, RESPONSES)
+    both = asked(LocalTeacher(lm), some.rows(torch.tensor([1, 1])), torch.tensor([1, 3]), 3, 8)
+    alone = asked(LocalTeacher(lm), some.rows(torch.tensor([1])), torch.tensor([3]), 3, 8)
+    assert both[1] == alone[0]
+    assert both[0].texts != both[1].texts
+    assert isinstance(both[0], Continued)
+    certain = make("llama", seed=3)
+    with torch.no_grad():
+        certain.module.lm_head.weight.zero_()
+        certain.module.lm_head.weight[1] = 0.0  # every id alike: 24 ids, one of them the end
+    (written,) = asked(LocalTeacher(certain), some.rows(torch.tensor([0])), torch.tensor([0]), 2000, 1)
+    assert written.tokens == 2000, "one token each, the end counts as one"
