@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opd_lab import divergence as d
-from opd_lab.types import LOGP_STUDENT, Signal, TopK, hidden
+from opd_lab.types import LOGP_STUDENT, Signal, hidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,36 +149,8 @@ def _sampled(logp_NV: Tensor, ids_N: Tensor) -> Tensor:
     return logp_NV.gather(-1, ids_N[:, None])[:, 0]
 
 
-def _support(c: Chunk, k: int, support: str) -> tuple[Tensor, Tensor]:
-    """Token ids [N, K], and which of them count."""
-    k = min(k, c.logp_NV.shape[-1])
-    if support in ("student", "teacher"):
-        ids_NK = (c.logp_NV if support == "student" else c.logq_NV).detach().topk(k).indices
-        return ids_NK, torch.ones_like(ids_NK, dtype=torch.bool)
-    student_NK, teacher_NK = c.logp_NV.detach().topk(k).indices, c.logq_NV.topk(k).indices
-    shared_NK = (teacher_NK[:, :, None] == student_NK[:, None, :]).any(-1)
-    if support == "intersection":
-        return teacher_NK, shared_NK
-    # union: the student's, then those of the teacher's that are new
-    return torch.cat([student_NK, teacher_NK], -1), torch.cat([torch.ones_like(shared_NK), ~shared_NK], -1)
-
-
-def _topk(c: Chunk, k: int, support: str) -> TopK:
-    ids_NK, inside_NK = _support(c, k, support)
-    inside_NV = torch.zeros_like(c.logp_NV).scatter_add(-1, ids_NK, inside_NK.to(c.logp_NV.dtype)) > 0
-    rests_N1 = (_log_mass(c.logp_NV, ~inside_NV), _log_mass(c.logq_NV, ~inside_NV))
-    return TopK(c.logp_NV.gather(-1, ids_NK), c.logq_NV.gather(-1, ids_NK), inside_NK, ids_NK, *rests_N1)
-
-
-def _log_mass(logp_NV: Tensor, where_NV: Tensor) -> Tensor:
-    """log sum p, [N, 1]. Added up, for 1 - sum drowns in rounding, with its gradient, once a model is confident."""
-    logp_NV = logp_NV.masked_fill(~where_NV, -torch.inf)
-    none_N1 = logp_NV.isneginf().all(-1, keepdim=True)
-    return logp_NV.masked_fill(none_N1, 0.0).logsumexp(-1, keepdim=True).masked_fill(none_N1, -torch.inf)
-
-
 def _overlap(c: Chunk, k: int) -> Tensor:
-    _, shared_NK = _support(c, k, "intersection")
+    _, shared_NK = d.support_of(c.logp_NV, c.logq_NV, k, "intersection")
     return shared_NK.double().mean(-1).to(c.logp_NV.dtype)
 
 
@@ -190,8 +162,12 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "entropy_teacher": lambda c: d.entropy(c.logq_NV),
     "reverse_kl": lambda c: d.reverse_kl(c.logp_NV, c.logq_NV),
     "forward_kl": lambda c: d.forward_kl(c.logp_NV, c.logq_NV),
+    "total_variation": lambda c: d.total_variation(c.logp_NV, c.logq_NV),
     "jsd": lambda c, beta: d.jsd(c.logp_NV, c.logq_NV, beta),
-    "topk": _topk,
+    "topk": lambda c, k, support: d.topk(c.logp_NV, c.logq_NV, k, support),
+    "topk_reverse_kl": lambda c, k, support: d.topk_kl(
+        d.topk(c.logp_NV, c.logq_NV, k, support), direction="reverse", tail="bucket"
+    ),
     "overlap": _overlap,
     "logp_reference": lambda c: _sampled(c.logr_NV, c.ids_N),
     "forward_kl_reference": lambda c: d.forward_kl(c.logp_NV, c.logr_NV),

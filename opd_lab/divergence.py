@@ -38,6 +38,11 @@ def forward_kl(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
     return expectation(logq_NV, logq_NV - logp_NV)
 
 
+def total_variation(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
+    """TV(p, q) = sum_v |p - q| / 2 = 1 - sum_v min(p, q)."""
+    return (logp_NV.exp() - logq_NV.exp()).abs().sum(-1) / 2
+
+
 def jsd(logp_NV: Tensor, logq_NV: Tensor, beta: float) -> Tensor:
     """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p. Its ends are defined as the two KLs:
     beta 0 = forward, beta 1 = reverse (GKD and TRL's convention)."""
@@ -48,6 +53,35 @@ def jsd(logp_NV: Tensor, logq_NV: Tensor, beta: float) -> Tensor:
     finite_NV = logp_NV.clamp(min=torch.finfo(logp_NV.dtype).min)  # the gradient of logaddexp(-inf, -inf) is NaN
     logm_NV = torch.logaddexp(logq_NV + math.log(beta), finite_NV + math.log(1 - beta))
     return beta * expectation(logq_NV, logq_NV - logm_NV) + (1 - beta) * expectation(logp_NV, logp_NV - logm_NV)
+
+
+def support_of(logp_NV: Tensor, logq_NV: Tensor, k: int, support: str) -> tuple[Tensor, Tensor]:
+    """Ids [N, K] of the k likeliest tokens of student, teacher, their union or intersection, and which of them count."""
+    k = min(k, logp_NV.shape[-1])
+    if support in ("student", "teacher"):
+        ids_NK = (logp_NV if support == "student" else logq_NV).detach().topk(k).indices
+        return ids_NK, torch.ones_like(ids_NK, dtype=torch.bool)
+    student_NK, teacher_NK = logp_NV.detach().topk(k).indices, logq_NV.topk(k).indices
+    shared_NK = (teacher_NK[:, :, None] == student_NK[:, None, :]).any(-1)
+    if support == "intersection":
+        return teacher_NK, shared_NK
+    # union: the student's, then those of the teacher's that are new
+    return torch.cat([student_NK, teacher_NK], -1), torch.cat([torch.ones_like(shared_NK), ~shared_NK], -1)
+
+
+def topk(logp_NV: Tensor, logq_NV: Tensor, k: int, support: str) -> TopK:
+    """Both models gathered on a support. No gradient flows through its choice."""
+    ids_NK, inside_NK = support_of(logp_NV, logq_NV, k, support)
+    inside_NV = torch.zeros_like(logp_NV).scatter_add(-1, ids_NK, inside_NK.to(logp_NV.dtype)) > 0
+    rests_N1 = (_log_mass(logp_NV, ~inside_NV), _log_mass(logq_NV, ~inside_NV))
+    return TopK(logp_NV.gather(-1, ids_NK), logq_NV.gather(-1, ids_NK), inside_NK, ids_NK, *rests_N1)
+
+
+def _log_mass(logp_NV: Tensor, where_NV: Tensor) -> Tensor:
+    """log sum p, [N, 1]. Added up, for 1 - sum drowns in rounding, with its gradient, once a model is confident."""
+    logp_NV = logp_NV.masked_fill(~where_NV, -torch.inf)
+    none_N1 = logp_NV.isneginf().all(-1, keepdim=True)
+    return logp_NV.masked_fill(none_N1, 0.0).logsumexp(-1, keepdim=True).masked_fill(none_N1, -torch.inf)
 
 
 def topk_kl(on: TopK, *, direction: str, tail: str) -> Tensor:

@@ -107,6 +107,11 @@ def topk(k: int, support: str) -> Signal:
     return Signal("topk", (("k", k), ("support", support)))
 
 
+def topk_reverse_kl(k: int, support: str) -> Signal:
+    """KL(student || teacher) on a support of k tokens, the rest of the vocabulary being one more class."""
+    return Signal("topk_reverse_kl", (("k", k), ("support", support)))
+
+
 def overlap(k: int) -> Signal:
     """Share of the student's k likeliest tokens that are among the teacher's k likeliest."""
     return Signal("overlap", (("k", k),))
