@@ -56,7 +56,7 @@ def jsd(logp_NV: Tensor, logq_NV: Tensor, beta: float) -> Tensor:
 
 
 def support_of(logp_NV: Tensor, logq_NV: Tensor, k: int, support: str) -> tuple[Tensor, Tensor]:
-    """Ids [N, K] of the k likeliest tokens of student, teacher, their union or intersection, and which of them count."""
+    """Ids [N, K] of the k likeliest tokens of student, teacher, union or intersection, and which of them count."""
     k = min(k, logp_NV.shape[-1])
     if support in ("student", "teacher"):
         ids_NK = (logp_NV if support == "student" else logq_NV).detach().topk(k).indices
