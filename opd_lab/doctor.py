@@ -18,17 +18,26 @@ from opd_lab.methods.base import Continued
 from opd_lab.settings import RunSettings
 from opd_lab.step import Gradient, Scorer, StatesOf, accumulate_gradient, whole_batch
 from opd_lab.train import Parts
-from opd_lab.types import LOGP_STUDENT, Behavior, Facts, Rollouts, Signal, State
+from opd_lab.types import CAPABILITIES, LOGP_STUDENT, Behavior, Facts, Rollouts, Signal, State
 
 ROWS = 8  # rollouts sampled for the checks
 KNOWN = 16  # known answers shown to the grader
 WARNING = "warning: "
-NOTHING = 1e-6  # a gradient norm below which there is only rounding
+NOTHING = 1e-6  # a gradient's norm below which there is only rounding
 SAME = 1e-3  # relative difference of gradients that counts as none, in fp32
 
 
 def compatible(facts: Facts, parts: Parts) -> None:
-    """The method, bound to these facts, can work with this teacher."""
+    """The method, bound to these facts, can work with this rollout engine and this teacher."""
+    for capability, otherwise in parts.method.asks().items():
+        remedy = f", or {otherwise}" if otherwise else ""
+        if capability not in parts.engine.supports:
+            raise ValueError(f"rollout={facts.engine} cannot {CAPABILITIES[capability]}; use rollout=torch{remedy}")
+        if parts.teacher.lm is None:
+            raise ValueError(
+                f"teacher={facts.teacher} scores finished text and cannot help to {CAPABILITIES[capability]}; "
+                f"use teacher=local{remedy}"
+            )
     needs = parts.method.needs()
     if needs.text and "text" not in parts.teacher.provides:
         raise ValueError(

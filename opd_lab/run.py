@@ -70,7 +70,7 @@ def load_parts(settings: RunSettings, say: Say) -> Parts:
     data = prompts.load(settings.data, student.tokenizer)
     for note in [*notes, *data.notes]:
         say(note)
-    engine = TorchEngine(settings.rollout.max_tokens, settings.rollout.decode_rows)
+    engine = TorchEngine(settings.rollout.max_tokens, settings.rollout.decode_rows, seed=settings.seed)
     parts = Parts(student, LocalTeacher(teacher), engine, data, method)
     facts = facts_of(settings, parts)
     method.check(facts)

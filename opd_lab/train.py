@@ -22,6 +22,7 @@ from opd_lab.chunk import layers_of, teacher_must
 from opd_lab.data.prompts import Dataset, Example, PromptStream
 from opd_lab.diagnostics import RECORD, observe
 from opd_lab.diagnostics.high_loss import HighLoss
+from opd_lab.diagnostics.summary import spent
 from opd_lab.evaluate import Evaluation, evaluate
 from opd_lab.methods.base import Method, Prepared
 from opd_lab.models import LM
@@ -142,7 +143,7 @@ class Trainer:
         self.prepared = Prepared(parts.method.init_state(), {})
         self.state: State = self.prepared.state
         self.step = 0  # steps done
-        self.totals = {"generated_tokens": 0, "teacher_scored_tokens": 0, "skipped_steps": 0, "seconds": 0.0}
+        self.totals: dict[str, float] = {"skipped_steps": 0, "seconds": 0.0}
         self.best: dict[str, Any] = {"step": None, "accuracy": -math.inf}
         self.accuracy = math.nan
         self.record = frozenset(s for s in RECORD if teacher_must(frozenset({s})) <= parts.teacher.provides)
@@ -159,14 +160,17 @@ class Trainer:
         s, p = self.settings, self.parts
         examples = [e for e in self.stream.take(s.rollout.prompts) for _ in range(s.rollout.per_prompt)]
         rows = torch.arange(len(examples))
+        behavior = p.method.behavior(plain_behavior(s), self.step, self.state)
+        assert behavior.asks <= p.method.asks().keys(), f"{sorted(behavior.asks)} are not in asks()"
         with self.timed("rollout"):
             rollouts = p.engine.sample(
                 p.student,
                 [e.ids for e in examples],
-                behavior=p.method.behavior(plain_behavior(s), self.step, self.state),
+                behavior=behavior,
                 group_B=rows // s.rollout.per_prompt,
                 uid_B=rows + self.step * len(examples),
                 generator=self.generator,
+                teacher=p.teacher.lm if behavior.asks else None,
             )
             rollouts = self.graded(rollouts, examples)
         with self.timed("teacher"):
@@ -184,13 +188,14 @@ class Trainer:
             )
 
     def graded(self, rollouts: Rollouts, examples: list[Example]) -> Rollouts:
-        """The rollouts with their rewards, where the data have answers."""
+        """The rollouts with their rewards, where the data have answers. One that a stop rule cut has none."""
         grade = self.parts.data.grade
         if grade is None:
             return rollouts
         texts = self.parts.student.texts(rollouts)
         rewards = [grade(text, e.answer) if e.answer is not None else math.nan for text, e in zip(texts, examples)]
-        return replace(rollouts, reward_B=torch.tensor(rewards, device=rollouts.reward_B.device))
+        reward_B = torch.tensor(rewards, device=rollouts.reward_B.device)
+        return replace(rollouts, reward_B=reward_B.masked_fill(rollouts.cut_B, math.nan))
 
     def advance(self) -> Report:
         """One step of Algorithm 1, and its report, which is numbered by the steps done: the first is 1."""
@@ -226,10 +231,9 @@ class Trainer:
                 losses=gradient.losses,
                 metrics=p.method.metrics(seen, weights),
             )
-        tokens = int(batch.rollouts.length_B.sum())
-        self.totals["generated_tokens"] += tokens
-        self.totals["teacher_scored_tokens"] += tokens if any(view.teacher is not None for view in views) else 0
-        for name, count in batch.cost.items():
+        tokens = int(batch.rollouts.generated_B.sum())
+        cost = spent(batch, scored=any(view.teacher is not None for view in views))
+        for name, count in cost.items():
             self.totals[name] = self.totals.get(name, 0) + count
         seconds = time.perf_counter() - begin
         self.totals["seconds"] += seconds
@@ -239,13 +243,11 @@ class Trainer:
             "optim/gradient_norm": learned.gradient_norm,
             "optim/learning_rate": learning_rate(s.optim, batch.step, s.steps),
             "optim/skipped_steps": float(self.totals["skipped_steps"]),
-            "cost/generated_tokens": float(self.totals["generated_tokens"]),
-            "cost/teacher_scored_tokens": float(self.totals["teacher_scored_tokens"]),
             "time/step_seconds": seconds,
             "time/tokens_per_second": tokens / seconds,
         }
         report.scalars |= {f"time/{name}_seconds": value for name, value in self.clock.items()}
-        report.scalars |= {f"cost/{name}": float(self.totals[name]) for name in batch.cost}
+        report.scalars |= {f"cost/{name}": float(self.totals[name]) for name in cost}
         return report
 
     @contextmanager

@@ -11,7 +11,7 @@ earlier, so response token t is predicted at column P + t - 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import Any, NamedTuple, Self
@@ -46,6 +46,9 @@ class Rollouts:
     uid_B: Tensor  # int64, the rollout's number within its run: owner of its randomness
     group_B: Tensor  # int64, rollouts of one prompt share it
     reward_B: Tensor  # 1 correct, 0 wrong, NaN without a grader
+    # What a behavior leaves beside, shape B or BT: the columns of its `mix`; `stop_score`, what its stop rule saw, on
+    # cut tokens too; `generated`, tokens sampled, cut ones included; `teacher_decoded`, tokens the teacher looked at.
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def mask_BT(self) -> Tensor:
@@ -64,11 +67,22 @@ class Rollouts:
     def length_B(self) -> Tensor:
         return self.mask_BT.sum(1)
 
+    @property
+    def generated_B(self) -> Tensor:
+        """Tokens that were sampled, those included that a stop rule then cut off."""
+        return self.extra.get("generated", self.length_B)
+
+    @property
+    def cut_B(self) -> Tensor:
+        """Whether a stop rule cut it."""
+        return self.length_B < self.generated_B
+
     def __len__(self) -> int:
         return len(self.ids_BL)
 
     def rows(self, index: slice | Tensor) -> Self:
-        return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        own = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "extra"}
+        return replace(self, **own, extra={name: value[index] for name, value in self.extra.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +103,7 @@ ENTROPY_STUDENT = Signal("entropy_student")
 ENTROPY_TEACHER = Signal("entropy_teacher")
 REVERSE_KL = Signal("reverse_kl")  # KL(student || teacher), full vocabulary
 FORWARD_KL = Signal("forward_kl")  # KL(teacher || student), full vocabulary
+TOTAL_VARIATION = Signal("total_variation")  # between student and teacher, in [0, 1], full vocabulary
 LOGP_REFERENCE = Signal("logp_reference")  # the reference is the frozen initial student
 REFERENCE_KL = Signal("forward_kl_reference")  # KL(reference || student), full vocabulary
 FULL_STUDENT = Signal("full_student")  # log-probs of the whole vocabulary, shape NV: inside losses only
@@ -180,19 +195,62 @@ class Tokens:
         return self.signals[signal]
 
 
+ENDLESS = 2**31 - 1  # tokens: as many as the response limit allows
+
+# A number of tokens for each rollout, a pure function of (seed of the run, uid_B, group_B); shape B.
+PerRollout = Callable[[int, Tensor, Tensor], Tensor]
+# Log-probs of student and teacher, [R, V] each -> those of the blend that is sampled, and further columns, [R] each.
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+class StopRule(NamedTuple):
+    """Where a rollout is cut because of what the teacher says of it. Both are pure functions."""
+
+    score: Callable[[Tensor, Tensor], Tensor]  # log-probs of student and teacher at a token, [R, V] -> [R]
+    cut: Callable[[Tensor], Tensor]  # scores of the tokens so far, [R, t + 1] -> tokens kept, [R], -1 where it goes on
+
+
 @dataclass(frozen=True, slots=True)
 class Behavior:
-    """Who samples a rollout, and how."""
+    """Who samples a rollout, and how. The filters (the first four) apply to whoever writes."""
 
     temperature: float = 1.0
     top_p: float = 1.0  # 1 = off
     top_k: int = 0  # tokens, 0 = off
     suppressed: tuple[int, ...] = ()  # token ids that are never sampled
+    limit: int | PerRollout = field(default=ENDLESS, repr=False)  # tokens, below the engine's own response limit
+    teacher_first: int | PerRollout = field(
+        default=0, repr=False
+    )  # tokens the teacher writes, then the student goes on
+    teacher_draws: str = field(default="rollout", repr=False)  # group = rollouts of a prompt share the teacher's tokens
+    mix: Mix | None = field(default=None, repr=False)  # what is sampled in place of the student
+    stop: StopRule | None = field(default=None, repr=False)
+
+    @property
+    def unfiltered(self) -> bool:
+        return self.temperature == 1.0 and self.top_p == 1.0 and self.top_k == 0 and not self.suppressed
 
     @property
     def plain(self) -> bool:
-        """Tokens come from the student's own distribution, untempered and unfiltered."""
-        return self.temperature == 1.0 and self.top_p == 1.0 and self.top_k == 0 and not self.suppressed
+        """Rollouts are the student's own: untempered, unfiltered, nobody's else, and whole."""
+        return self == Behavior()
+
+    @property
+    def asks(self) -> frozenset[str]:
+        """What a rollout engine must be able to do, beside sampling the student: keys of `CAPABILITIES`."""
+        asked = {
+            "blend": self.mix is not None,
+            "teacher_tokens": self.teacher_first != 0,
+            "stop": self.stop is not None,
+        }
+        return frozenset(name for name, yes in asked.items() if yes)
+
+
+CAPABILITIES = {
+    "blend": "blend two models token by token",
+    "teacher_tokens": "let the teacher write tokens of a rollout",
+    "stop": "stop a rollout on teacher scores",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,9 +21,11 @@ from opd_lab.types import (
     LOGP_TEACHER,
     RANK_TEACHER,
     REVERSE_KL,
+    TOTAL_VARIATION,
     Batch,
     Rollouts,
     Signal,
+    Source,
     overlap,
 )
 
@@ -38,6 +40,7 @@ RECORD: frozenset[Signal] = frozenset(
         ENTROPY_TEACHER,
         REVERSE_KL,
         FORWARD_KL,
+        TOTAL_VARIATION,
         RANK_TEACHER,
         OVERLAP,
     }
@@ -83,6 +86,7 @@ _MEANS = {
     "entropy/teacher_mean_nats": ENTROPY_TEACHER,
     "rank/teacher_mean_tokens": RANK_TEACHER,
     "overlap/top16_fraction": OVERLAP,
+    "overlap/total_variation_mean_fraction": TOTAL_VARIATION,
 }
 
 
@@ -122,6 +126,19 @@ def _rollouts(rollouts: Rollouts) -> dict[str, float]:
     if (repeated := repetition(rollouts.response_BT, rollouts.mask_BT)) is not None:
         out["rollout/repetition_fraction"] = repeated
     return out
+
+
+def spent(batch: Batch, *, scored: bool) -> dict[str, int]:
+    """What a step cost, under the names of the metrics `cost/...`."""
+    rollouts = batch.rollouts
+    decoded_B = rollouts.extra.get("teacher_decoded")
+    cost = {
+        "generated_tokens": int(rollouts.generated_B.sum()),
+        "teacher_scored_tokens": int(rollouts.length_B.sum()) if scored else 0,
+        "teacher_decoded_tokens": 0 if decoded_B is None else int(decoded_B.sum()),
+        "teacher_generated_tokens": int((rollouts.source_BT == Source.TEACHER).sum()),
+    }
+    return cost | {name: cost.get(name, 0) + count for name, count in batch.cost.items()}
 
 
 def repetition(ids_BT: Tensor, mask_BT: Tensor) -> float | None:

@@ -1,6 +1,7 @@
 """The method contract. Every default answer is plain on-policy distillation.
 
     behavior     who samples the rollouts?                     the student
+    asks         what must the rollout engine be able to do?   nothing but that
     needs        which signals must exist?                     what reverse KL needs
     consult      what else is computed once per step?          nothing
     weights      how much does each token count?               every generated token once
@@ -121,6 +122,11 @@ class Method:
     def behavior(self, plain: Behavior, step: int, state: State) -> Behavior:
         """The behavior of this step; `plain` is what the rollout config says."""
         return plain
+
+    def asks(self) -> Mapping[str, str]:
+        """What any of its behaviors asks of the rollout engine (`Behavior.asks`), each with the setting that does
+        without it, such as `method.initial_budget_nats=0`; empty where there is none."""
+        return {}
 
     def needs(self) -> Needs:
         return Needs(tokens=frozenset({REVERSE_KL}))

@@ -3,19 +3,24 @@
 Prompts are decoded in batches of similar length over a preallocated cache, only the last position is projected, and
 rows that have finished leave the batch. All uniforms are drawn first, one per row and token, and a token is the inverse
 of the distribution function at its uniform: so how rows are batched, sorted or dropped never changes what a row draws.
+
+Where the behavior asks for it, the teacher reads the same tokens beside the student, for as long as some row of the
+batch needs it: it writes the first tokens, is blended with the student, or feeds a stop rule. Log-probs and entropies
+are the student's on every token, whoever wrote it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from opd_lab import divergence as d
-from opd_lab.models import LM, evaluating, positions
-from opd_lab.rollout.torch_cache import PreallocatedCache, attention_layers
-from opd_lab.types import Behavior, Rollouts, Source
+from opd_lab.models import LM, evaluating
+from opd_lab.rollout.reader import Reader, left_padded
+from opd_lab.rollout.responses import Responses
+from opd_lab.types import CAPABILITIES, Behavior, PerRollout, Rollouts, Source
 
 LEAVE = 0.25  # finished share of the rows in the batch at which they leave it; moving the cache costs a little
 
@@ -25,6 +30,8 @@ class TorchEngine:
     max_tokens: int  # response limit
     decode_rows: int  # rows decoded together
     name: str = "torch"
+    seed: int = 0  # of the numbers of tokens that a behavior draws per rollout
+    supports: frozenset[str] = frozenset(CAPABILITIES)
 
     def sample(
         self,
@@ -35,34 +42,75 @@ class TorchEngine:
         group_B: Tensor,
         uid_B: Tensor,
         generator: torch.Generator,
+        teacher: LM | None = None,
     ) -> Rollouts:
-        """One rollout per prompt, in the order given; uniforms are drawn from `generator` row by row."""
+        """One rollout per prompt, in the order given; uniforms are drawn from `generator` row by row. The teacher is
+        wanted where `behavior.asks` anything."""
         uniform_BT = torch.rand(
             (len(prompts), self.max_tokens), generator=generator, device=generator.device, dtype=torch.float64
         )
-        return self.decode(student, prompts, behavior=behavior, group_B=group_B, uid_B=uid_B, uniform_BT=uniform_BT)
+        return self.decode(
+            student, prompts, behavior=behavior, group_B=group_B, uid_B=uid_B, uniform_BT=uniform_BT, teacher=teacher
+        )
 
     @torch.no_grad()
     def decode(
         self,
-        lm: LM,
+        student: LM,
         prompts: list[list[int]],
         *,
         behavior: Behavior,
         group_B: Tensor,
         uid_B: Tensor,
         uniform_BT: Tensor,
+        teacher: LM | None = None,
     ) -> Rollouts:
         """The same with the uniforms given."""
-        _check(lm, prompts, self.max_tokens)
-        out = _Responses(lm, len(prompts), self.max_tokens)
-        order = sorted(range(len(prompts)), key=lambda b: len(prompts[b]), reverse=True)
-        uniform_BT = uniform_BT.to(lm.device)
-        with evaluating(lm.module):
-            for begin in range(0, len(order), self.decode_rows):
-                rows = order[begin : begin + self.decode_rows]
-                _decode(lm, [prompts[b] for b in rows], torch.tensor(rows, device=lm.device), behavior, uniform_BT, out)
-        return out.rollouts(prompts, group_B, uid_B)
+        assert not behavior.asks or teacher is not None, f"{sorted(behavior.asks)} need the teacher"
+        for lm in [student] if teacher is None else [student, teacher]:
+            _check(lm, prompts, self.max_tokens)
+        out = Responses(student, len(prompts), self.max_tokens)
+        plan = _plan(behavior, self.seed, uid_B, group_B, self.max_tokens, student.device)
+        uniform_BT = uniform_BT.to(student.device)
+        needed_B = (plan.teacher_until_B > 0).tolist()
+        with evaluating(student.module), evaluating((teacher or student).module):
+            for helped in (False, True):  # rows that need no teacher do not pay for one
+                order = [b for b in range(len(prompts)) if needed_B[b] == helped]
+                order.sort(key=lambda b: len(prompts[b]), reverse=True)
+                for begin in range(0, len(order), self.decode_rows):
+                    rows = order[begin : begin + self.decode_rows]
+                    row_R = torch.tensor(rows, device=student.device)
+                    readers = (student, teacher if helped else None)
+                    _decode(*readers, [prompts[b] for b in rows], row_R, behavior, plan, uniform_BT, out)
+        return out.rollouts(prompts, group_B, uid_B, _per_row(behavior, plan, out.generated_B))
+
+
+class _Plan(NamedTuple):
+    """What the behavior says of each row, in tokens."""
+
+    limit_B: Tensor
+    teacher_first_B: Tensor  # tokens that the teacher writes
+    teacher_until_B: Tensor  # tokens of which it is asked at all
+    draws_B: Tensor  # the row whose uniforms the teacher uses
+
+
+def _plan(
+    behavior: Behavior, seed: int, uid_B: Tensor, group_B: Tensor, max_tokens: int, device: torch.device
+) -> _Plan:
+    def tokens(number: int | PerRollout, low: int) -> Tensor:
+        number_B = torch.full_like(uid_B, number) if isinstance(number, int) else number(seed, uid_B, group_B).long()
+        return number_B.clamp(low, max_tokens).to(device)
+
+    limit_B, first_B = tokens(behavior.limit, 1), tokens(behavior.teacher_first, 0)
+    always = behavior.mix is not None or behavior.stop is not None
+    first_row_B = (group_B[:, None] == group_B).int().argmax(1)
+    draws_B = first_row_B if behavior.teacher_draws == "group" else torch.arange(len(uid_B))
+    return _Plan(limit_B, first_B, torch.full_like(first_B, max_tokens) if always else first_B, draws_B.to(device))
+
+
+def _per_row(behavior: Behavior, plan: _Plan, generated_B: Tensor) -> dict[str, Tensor]:
+    out = {"generated": generated_B} if behavior.stop is not None else {}
+    return out | ({"teacher_decoded": generated_B.minimum(plan.teacher_until_B)} if behavior.asks else {})
 
 
 def filtered(logits_RV: Tensor, behavior: Behavior) -> Tensor:
@@ -89,91 +137,57 @@ def draw(logp_RV: Tensor, uniform_R: Tensor) -> Tensor:
 
 
 def _decode(
-    lm: LM, prompts: list[list[int]], row_R: Tensor, behavior: Behavior, uniform_BT: Tensor, out: _Responses
+    student: LM,
+    teacher: LM | None,
+    prompts: list[list[int]],
+    row_R: Tensor,
+    behavior: Behavior,
+    plan: _Plan,
+    uniform_BT: Tensor,
+    out: Responses,
 ) -> None:
     """Decode one batch; row r of it is row `row_R[r]` of the output."""
-    longest, limit = max(map(len, prompts)), uniform_BT.shape[1]
-    ids_RL, attention_RP = _left_padded(prompts, lm.pad_id, lm.device)
-    attention_RL = torch.ones((len(prompts), longest + limit), dtype=torch.bool, device=lm.device)
-    attention_RL[:, :longest] = attention_RP
-    position_RL = positions(attention_RP)
-    cache = PreallocatedCache(attention_layers(lm.module.config), longest + limit)
-    head, body = lm.head, lm.body
-    stop_S = torch.tensor(sorted(lm.stop_ids), dtype=torch.long, device=lm.device)
+    limit, until = int(plan.limit_B[row_R].max()), int(plan.teacher_until_B[row_R].max())
+    ids_RL, attention_RP = left_padded(prompts, student.pad_id, student.device)
+    own = Reader(student, attention_RP, limit)
+    other = None if teacher is None else Reader(teacher, attention_RP, min(limit, until))
+    stop_S = torch.tensor(sorted(student.stop_ids), dtype=torch.long, device=student.device)
     running_R = torch.ones_like(row_R, dtype=torch.bool)
+    score_RT = torch.zeros((len(row_R), limit if behavior.stop else 0), device=student.device)
     for t in range(limit):
-        hidden_RLH = body(
-            input_ids=ids_RL,
-            attention_mask=attention_RL[:, : longest + t],
-            position_ids=position_RL,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        logits_RV = head.logits(hidden_RLH[:, -1])
-        logp_RV = logits_RV.log_softmax(-1)
-        behavior_RV = logp_RV if behavior.plain else filtered(logits_RV, behavior)
-        ids_R = draw(behavior_RV, uniform_BT[row_R, t])
-        stopped_R = torch.isin(ids_R, stop_S)
-        live_R = row_R[running_R]
-        out.write(live_R, t, ids_R, behavior_RV, logp_RV, running_R)
-        out.stopped_B[live_R] = stopped_R[running_R]
-        running_R = running_R & ~stopped_R
+        other = other if t < until else None  # its cache is freed
+        logp_RV = own.read(ids_RL).log_softmax(-1)
+        said_RV, source_R, draws_R, kept_R = logp_RV, None, row_R, None
+        if other is not None:
+            logq_RV = other.read(ids_RL).log_softmax(-1)
+            if behavior.mix is not None:
+                said_RV, columns = behavior.mix(logp_RV, logq_RV)
+                for name, value_R in columns.items():
+                    out.note(name, row_R, t, value_R, running_R)
+            if behavior.stop is not None:
+                score_RT[:, t] = behavior.stop.score(logp_RV, logq_RV)
+                out.note("stop_score", row_R, t, score_RT[:, t], running_R)
+                kept_R = behavior.stop.cut(score_RT[:, : t + 1])
+            teacher_R = t < plan.teacher_first_B[row_R]
+            said_RV = torch.where(teacher_R[:, None], logq_RV, said_RV)
+            student_or_blend = Source.STUDENT if behavior.mix is None else Source.BLEND
+            source_R = torch.where(teacher_R, int(Source.TEACHER), int(student_or_blend)).to(torch.int8)
+            draws_R = torch.where(teacher_R, plan.draws_B[row_R], row_R)
+        behavior_RV = said_RV if behavior.unfiltered else filtered(said_RV, behavior)
+        ids_R = draw(behavior_RV, uniform_BT[draws_R, t])
+        out.write(row_R, t, ids_R, behavior_RV, logp_RV, source_R, running_R)
+        running_R = out.finish(row_R, torch.isin(ids_R, stop_S), kept_R, running_R) & (t + 1 < plan.limit_B[row_R])
         left = int(running_R.sum())
         if left == 0:
             return
-        ids_RL, position_RL = ids_R[:, None], position_RL[:, -1:] + 1
+        ids_RL = ids_R[:, None]
         if left <= (1 - LEAVE) * len(row_R):
             keep_R = running_R.nonzero()[:, 0]
-            cache.keep(keep_R)
-            ids_RL, position_RL, attention_RL = ids_RL[keep_R], position_RL[keep_R], attention_RL[keep_R]
-            row_R, running_R = row_R[keep_R], running_R[keep_R]
-
-
-class _Responses:
-    """What has been sampled so far, at its final place."""
-
-    def __init__(self, lm: LM, rows: int, columns: int) -> None:
-        def full(value: float, dtype: torch.dtype) -> Tensor:
-            return torch.full((rows, columns), value, dtype=dtype, device=lm.device)
-
-        self.pad_id = lm.pad_id
-        self.ids_BT = full(lm.pad_id, torch.long)
-        self.source_BT = full(Source.PADDING, torch.int8)
-        self.behavior_logp_BT, self.logp_BT, self.entropy_BT = (full(torch.nan, torch.float32) for _ in range(3))
-        self.stopped_B = torch.zeros(rows, dtype=torch.bool, device=lm.device)
-
-    def write(self, row_R: Tensor, t: int, ids_R: Tensor, behavior_RV: Tensor, logp_RV: Tensor, on_R: Tensor) -> None:
-        """Token t of the rows that are still running."""
-        at_R1 = ids_R[:, None]
-        self.ids_BT[row_R, t] = ids_R[on_R]
-        self.source_BT[row_R, t] = Source.STUDENT
-        self.behavior_logp_BT[row_R, t] = behavior_RV.gather(-1, at_R1)[on_R, 0]
-        self.logp_BT[row_R, t] = logp_RV.gather(-1, at_R1)[on_R, 0]
-        self.entropy_BT[row_R, t] = d.entropy(logp_RV)[on_R]
-
-    def rollouts(self, prompts: list[list[int]], group_B: Tensor, uid_B: Tensor) -> Rollouts:
-        source_BT = self.source_BT
-        width = int((source_BT != Source.PADDING).any(0).sum())
-        prompt_BP, attention_BP = _left_padded(prompts, self.pad_id, source_BT.device)
-        return Rollouts(
-            ids_BL=torch.cat([prompt_BP, self.ids_BT[:, :width]], 1),
-            attention_BL=torch.cat([attention_BP, source_BT[:, :width] != Source.PADDING], 1),
-            source_BT=source_BT[:, :width],
-            behavior_logp_BT=self.behavior_logp_BT[:, :width],
-            logp_BT=self.logp_BT[:, :width],
-            entropy_BT=self.entropy_BT[:, :width],
-            stopped_B=self.stopped_B,
-            uid_B=uid_B.to(source_BT.device),
-            group_B=group_B.to(source_BT.device),
-            reward_B=torch.full((len(prompts),), torch.nan, device=source_BT.device),
-        )
-
-
-def _left_padded(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(map(len, prompts))
-    ids_BP = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=device)
-    length_B = torch.tensor([len(ids) for ids in prompts], device=device)
-    return ids_BP, torch.arange(width, device=device)[None] >= width - length_B[:, None]
+            for reader in (own, other):
+                if reader is not None:
+                    reader.keep(keep_R)
+            ids_RL, row_R, running_R, score_RT = ids_RL[keep_R], row_R[keep_R], running_R[keep_R], score_RT[keep_R]
+            until = int(plan.teacher_until_B[row_R].max())
 
 
 def _check(lm: LM, prompts: list[list[int]], max_tokens: int) -> None:
