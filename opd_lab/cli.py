@@ -23,11 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="opd-lab", description=__doc__, formatter_class=_Raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about in (("run", "one run"), ("doctor", "check everything before any budget is spent")):
-        one = commands.add_parser(name, help=about, add_help=False)
-        one.add_argument("overrides", nargs=argparse.REMAINDER, help="key=value ..., as Hydra reads them")
+        commands.add_parser(name, help=about, add_help=False)  # everything else is Hydra's, --help included
     sweep = commands.add_parser("sweep", help="the runs of sweeps/NAME.yaml, then their table and report")
     sweep.add_argument("name", help="a file of sweeps/, without .yaml")
-    sweep.add_argument("overrides", nargs=argparse.REMAINDER, help="key=value ..., as Hydra reads them")
     score = commands.add_parser("evaluate", help="a run's student on held-out problems")
     score.add_argument("run", type=Path, help="a run folder")
     score.add_argument("--checkpoint", default="final", help="final, best, or a step")
@@ -41,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sync.add_argument("run", type=Path, help="a run folder")
     recipe = commands.add_parser("make-lab-models", help="the recipe of the embedded lab's models")
     recipe.add_argument("folder", type=Path, nargs="?", default=Path("lab_models"))
-    given = parser.parse_args(arguments)
+    given, rest = parser.parse_known_args(arguments)
+    if rest and given.command not in ("run", "doctor", "sweep"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    given.overrides = rest
     try:
         return _COMMANDS[given.command](given)
     except (ValueError, FileNotFoundError) as error:
