@@ -218,7 +218,7 @@ class Trainer:
         self.totals["skipped_steps"] += learned.skipped
         self.step += 1
         known = {signal: batch[signal] for signal in p.method.needs().batch}
-        batch = replace(batch, tallies=gradient.tallies)
+        batch = replace(batch, tallies=gradient.tallies, losses=gradient.losses)
         seen = replace(batch, signals=gradient.signals | known, step=self.step)
         self.state = self.parts.method.update(self.state, batch)
         with self.timed("diagnostics"):
@@ -231,6 +231,7 @@ class Trainer:
                 losses=gradient.losses,
                 metrics=p.method.metrics(seen, weights),
             )
+            report.tables |= p.method.tables(seen)
         tokens = int(batch.rollouts.generated_B.sum())
         cost = spent(batch, scored=any(view.teacher is not None for view in views))
         for name, count in cost.items():

@@ -169,7 +169,9 @@ class Batch:
     state: State = field(default_factory=dict)  # what the method remembers from earlier steps
     step: int = 0
     seed: int = 0
-    tallies: Mapping[str, Tensor] = field(default_factory=dict)  # made by `Method.tally`; there after the gradient
+    # There after the gradient: what `Method.tally` made, and per term each trained token's loss, shape BT, else NaN.
+    tallies: Mapping[str, Tensor] = field(default_factory=dict)
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
     cost: Mapping[str, int] = field(default_factory=dict)  # of the questions that `Method.consult` asked
     shown: list[dict[str, Any]] = field(default_factory=list)  # what `Method.consult` shows to people
 

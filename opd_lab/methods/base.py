@@ -14,6 +14,7 @@
     prepare      what is fitted once before the first step?    nothing; the result is kept and shared between runs
     tally        what is added up over the trained tokens?     nothing
     metrics      what does the method report of itself?        nothing
+    tables       which rows does it leave at every step?       none
     notes        what should be said before the first step?    nothing
 
 `weights` sees the whole step and no gradient, so batch statistics are batch statistics. `losses` sees any number of
@@ -175,6 +176,10 @@ class Method:
     def metrics(self, batch: Batch, weights: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
         """The method's own metrics under names that begin with its own; a 1-D tensor is logged as a histogram.
         Beside `needs().batch`, `batch` holds the signals that the diagnostics recorded; use `batch.signals.get`."""
+        return {}
+
+    def tables(self, batch: Batch) -> dict[str, list[dict[str, Any]]]:
+        """Rows of tables of its own, at every step, for later runs to read; the step is added to each."""
         return {}
 
     def conventions(self) -> dict[str, str]:
