@@ -69,7 +69,8 @@ class Bench:
         return replace(self, **changes)
 
     def with_fields(self, fields: Mapping[str, Any]) -> Bench:
-        return replace(self, method=dataclasses.replace(self.method, **fields))
+        method = dataclasses.replace(self.method, **fields)
+        return replace(self, method=method, rollouts=written(self.rollouts, method))
 
 
 @dataclass
@@ -172,14 +173,24 @@ def small_rollouts(weight_VH: Tensor) -> Rollouts:
     return replace(rollouts, behavior_logp_BT=logp_BT, logp_BT=logp_BT, entropy_BT=entropy_BT)
 
 
+def written(rollouts: Rollouts, method: Method) -> Rollouts:
+    """The same with their authors: the student, but for the first two tokens of most rollouts where the method lets the
+    teacher begin them."""
+    mask_BT = rollouts.mask_BT
+    begun_BT = (torch.arange(mask_BT.shape[1]) < 2) & (rollouts.uid_B % 3 != 0)[:, None]
+    author_BT = torch.where(begun_BT & ("teacher_tokens" in method.asks()), int(Source.TEACHER), int(Source.STUDENT))
+    return replace(rollouts, source_BT=author_BT.where(mask_BT, int(Source.PADDING)).to(torch.int8))
+
+
 def small_bench(method: Method) -> Bench:
     generator = torch.Generator().manual_seed(3)
     weight_VH = torch.randn(V, H, generator=generator, dtype=torch.float64).requires_grad_()
     other_VH = torch.randn(V, H, generator=generator, dtype=torch.float64)
     reference_VH = weight_VH.detach() + 0.3 * torch.randn(V, H, generator=generator, dtype=torch.float64)
     teacher = Teacher(features(2), other_VH)
-    method = method.bind(FACTS)
-    bench = Bench(method, small_rollouts(weight_VH), weight_VH, features(1), teacher, reference_VH)
+    method = dataclasses.replace(method, **method.on_few_tokens).bind(FACTS)
+    rollouts = written(small_rollouts(weight_VH), method)
+    bench = Bench(method, rollouts, weight_VH, features(1), teacher, reference_VH)
     if method.preparation() is None:
         return bench
     return bench.but(prepared=method.prepare(Frozen(bench), method.init_state()).state)
@@ -187,13 +198,13 @@ def small_bench(method: Method) -> Bench:
 
 LAB = lab_tokenizer()
 FACTS = Facts(
-    steps=10, behavior=Behavior(), max_tokens=48, per_prompt=4, updates_per_rollout=1, vocabulary=len(LAB), graded=True,
+    steps=50, behavior=Behavior(), max_tokens=48, per_prompt=4, updates_per_rollout=1, vocabulary=len(LAB), graded=True,
     tokenizer=tokenizer_digest(SimpleNamespace(tokenizer=LAB)), data="lab", teacher="local", engine="torch",
     student_shape=(DEPTH, H), teacher_shape=(DEPTH, H),
 )  # fmt: skip
 
 
 def method_in(path: Path) -> Method:
-    """The method of a YAML file, under the settings of a short run."""
-    run = OmegaConf.create({"steps": 10, "rollout": {"max_tokens": 48}, "method": OmegaConf.load(path)})
+    """The method of a YAML file, under the settings of a run of the lab."""
+    run = OmegaConf.create({"steps": 50, "rollout": {"max_tokens": 48}, "method": OmegaConf.load(path)})
     return method_of(OmegaConf.to_container(run, resolve=True)["method"], [])  # type: ignore[index,call-overload]
