@@ -22,14 +22,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from opd_lab.methods.base import Method
 from opd_lab.settings import RunSettings
+from opd_lab.tracking import read
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent  # a wheel carries conf/ and sweeps/ inside
 CONF, SWEEPS = ROOT / "conf", ROOT / "sweeps"
 _NOT_OURS = ("hydra", "experiment", "sweeps")  # groups that set other keys and leave none of their own
+
+
+OmegaConf.register_new_resolver("cut_lengths", lambda run: read.cut_lengths(run) if run else [], replace=True)
 
 
 class SweepsAreAGroup(SearchPathPlugin):
@@ -119,7 +124,10 @@ def settings_of(cfg: DictConfig) -> RunSettings:
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ValueError(f"{missing[0]} must be given: add {missing[0]}=... to the command")
-    values = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    try:
+        values = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    except InterpolationResolutionError as error:
+        raise ValueError(str(error).splitlines()[0].rpartition("interpolation: ")[2]) from None
     settings = typed(RunSettings, {k: v for k, v in values.items() if k not in _NOT_OURS}, "config")
     check(settings)
     return settings

@@ -91,6 +91,23 @@ def evaluations(where: Runs) -> DataFrame:
     return _gather(where, lambda folder: table(folder, "evaluations"))
 
 
+def cut_lengths(folder: str | Path, values: int = 100) -> list[int]:
+    """Quantiles of the tokens that a run kept of its rollouts, one that was not cut counting with the response limit.
+
+    Raises:
+        ValueError: the run did not log the lengths of its rollouts.
+    """
+    found = table(Path(folder), "rollout_lengths")
+    if found.empty:
+        raise ValueError(
+            f"method.run must be the folder of a run with method=kat or a variant of it, got {folder}, which has no "
+            "table rollout_lengths"
+        )
+    limit = status(Path(folder))["params"]["rollout.max_tokens"]
+    lengths = sorted(k if k < g else limit for k, g in zip(found["kept"].tolist(), found["generated"].tolist()))
+    return [lengths[int((i + 0.5) / values * len(lengths))] for i in range(values)]
+
+
 def table(folder: Path, name: str) -> DataFrame:
     """Any table of one run, empty where the run has none."""
     import pandas as pd
