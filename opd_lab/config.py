@@ -121,13 +121,13 @@ def method_of(values: dict[str, Any], allow: list[str]) -> Method:
 
 def settings_of(cfg: DictConfig) -> RunSettings:
     """The settings of a run from its composed config."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise ValueError(f"{missing[0]} must be given: add {missing[0]}=... to the command")
     try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
         values = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     except InterpolationResolutionError as error:
         raise ValueError(str(error).splitlines()[0].rpartition("interpolation: ")[2]) from None
+    if missing:
+        raise ValueError(f"{missing[0]} must be given: add {missing[0]}=... to the command")
     settings = typed(RunSettings, {k: v for k, v in values.items() if k not in _NOT_OURS}, "config")
     check(settings)
     return settings
