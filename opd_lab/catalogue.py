@@ -149,27 +149,25 @@ def hooks(cls: type[Method]) -> list[str]:
     return [name for name in HOOKS if getattr(cls, name) is not getattr(Method, name)]
 
 
-def asks_for_text(cls: type[Method]) -> bool:
-    return "continue_" in cls.consult.__code__.co_names
-
-
 def teacher(method: Method) -> str:
     """What a teacher must be able to say."""
     must = teacher_must(method.needs().batch | method.needs().tokens)
-    must |= {"text"} if asks_for_text(type(method)) else set()
+    must |= {"text"} if method.needs().text else set()
     return ", ".join(SAYS[what] for what in SAYS if what in must) or "nothing"
 
 
 def cost(method: Method) -> str:
     """What a step costs beside plain OPD's: each token written once by the student and scored once by the teacher."""
-    needs, cls = method.needs(), type(method)
+    needs = method.needs()
     asked = needs.batch | needs.tokens
     extra = {
         "no teacher pass": "teacher" not in reads(asked),
         "a second student pass": "student" in reads(needs.batch - FREE.keys()),
         "a reference pass": "reference" in reads(asked),
-        "the teacher writes texts": asks_for_text(cls),
-        "rollouts of its own": cls.behavior is not Method.behavior and method.behavior(Behavior(), 0, {}) != Behavior(),
+        "the teacher writes texts": needs.text,
+        "the teacher decodes along": "blend" in method.asks(),
+        "the teacher writes first tokens": "teacher_tokens" in method.asks(),
+        "the teacher scores while decoding": "stop" in method.asks(),
         "a fit before the first step": method.preparation() is not None,
     }
     return ", ".join(words for words, so in extra.items() if so) or "none"

@@ -115,6 +115,8 @@ class Method:
     neutral: ClassVar[Mapping[str, Any] | None] = {}
     # Settings whose loss has a full-vocabulary form: with them a small step must lower the exact reverse KL.
     towards_teacher: ClassVar[Mapping[str, Any]] = {}
+    # Settings that fit rollouts of a few tokens, where the method's own do not: the contract tests try it with them.
+    on_few_tokens: ClassVar[Mapping[str, Any]] = {}
     # Teacher := student must give loss 0 and gradient 0; else the reason why it does not.
     not_zero_at_teacher: ClassVar[str | None] = None
     # With `towards_teacher` a small step lowers the exact reverse KL on any tokens; else the reason why it need not.
