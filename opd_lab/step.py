@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from opd_lab.chunk import Declared, States, TeacherView, UndeclaredSignalError, measure, reads
-from opd_lab.methods.base import Continued, Method, Writer
+from opd_lab.asking import Asking, Language
+from opd_lab.chunk import Declared, States, TeacherView, measure, reads
+from opd_lab.methods.base import Method, Writer
 from opd_lab.signals import add, objective
 from opd_lab.types import (
     ENTROPY_STUDENT,
@@ -23,7 +24,6 @@ from opd_lab.types import (
     Batch,
     Rollouts,
     Signal,
-    Source,
     State,
     Tokens,
     scatter,
@@ -46,14 +46,6 @@ class Scorer(Writer, Protocol):
 StatesOf = Callable[[Rollouts, frozenset[Signal]], States]  # states for these signals, in the order of the mask
 
 
-class Language(Protocol):
-    """What the student's tokens read like."""
-
-    def texts(self, rollouts: Rollouts) -> list[str]: ...
-
-    def shortened(self, text: str, tokens: int) -> str: ...
-
-
 class Models(NamedTuple):
     """Everyone who has a say in a step."""
 
@@ -61,49 +53,6 @@ class Models(NamedTuple):
     teacher: Scorer
     reference: StatesOf | None = None  # the frozen initial student
     language: Language | None = None  # the student's, for methods that ask the teacher for text
-
-
-class Asking:
-    """The `Ask` of a step: what a method asks in `consult`, counted."""
-
-    def __init__(self, models: Models, allowed: bool, where: str) -> None:
-        self._models, self._allowed, self._where = models, allowed, where
-        self.cost: dict[str, int] = {}
-        self.shown: list[dict[str, Any]] = []
-
-    @property
-    def _language(self) -> Language:
-        assert self._models.language is not None, "models without a tokenizer have no text"
-        return self._models.language
-
-    def continue_(self, rollouts: Rollouts, cuts_B: Tensor, **how: Any) -> list[Continued]:
-        if not self._allowed:
-            raise UndeclaredSignalError(f"text is not in needs() of {self._where}; add text=True there to ask for it")
-        found = self._models.teacher.continue_(rollouts, cuts_B, **how)
-        prompts = int(rollouts.attention_BL[:, : rollouts.prompt_columns].sum())
-        for name, count in (
-            ("teacher_queries_count", len(rollouts)),
-            ("teacher_prefix_tokens", prompts + int(cuts_B.sum())),
-            ("teacher_generated_tokens", sum(written.tokens for written in found)),
-        ):
-            self.cost[name] = self.cost.get(name, 0) + count
-        return found
-
-    def texts(self, rollouts: Rollouts, begin_B: Tensor, end_B: Tensor) -> list[str]:
-        t_T = torch.arange(rollouts.source_BT.shape[1], device=begin_B.device)
-        outside_BT = (t_T < begin_B[:, None]) | (t_T >= end_B[:, None])
-        part = replace(
-            rollouts,
-            source_BT=rollouts.source_BT.masked_fill(outside_BT, int(Source.PADDING)),
-            stopped_B=rollouts.stopped_B & (end_B == rollouts.length_B),
-        )
-        return self._language.texts(part)
-
-    def shortened(self, text: str, tokens: int) -> str:
-        return self._language.shortened(text, tokens)
-
-    def show(self, **row: Any) -> None:
-        self.shown.append(row)
 
 
 class View(NamedTuple):
@@ -155,7 +104,7 @@ def whole_batch(
         signals |= {signal: scatter(torch.cat(values), rollouts.mask_BT) for signal, values in parts.items()}
         declared = Declared(signals, needs.batch, f"needs().batch of {type(method).__name__}")
         batch = Batch(rollouts, declared, {}, state, step, seed)
-        ask = Asking(models, needs.text, type(method).__name__)
+        ask = Asking(models.teacher if needs.text else None, models.language, type(method).__name__)
         consulted = method.consult(ask, batch)
         return replace(batch, consulted=consulted, cost=ask.cost, shown=ask.shown), views
 

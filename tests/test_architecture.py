@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "opd_lab"
 LAYERS = [
     *("types", "settings", "divergence", "methods", "chunk", "signals", "models", "pairing", "data", "rollout"),
-    *("step", "teacher", "diagnostics", "tracking", "compare", "evaluate", "checkpoint", "optimize", "train"),
+    *("asking", "step", "teacher", "diagnostics", "tracking", "compare", "evaluate", "checkpoint", "optimize", "train"),
     *("preparation", "doctor", "config", "catalogue", "analyze", "mistakes", "progress", "lab_models", "run"),
     *("results", "sweep", "__main__", "cli"),
 ]
