@@ -1,4 +1,4 @@
-"""What a method asks in `consult`: text of the teacher, where it declared that, and what the student's tokens read like.
+"""What a method asks in `consult`: text of the teacher, where it declared that, and what the student's tokens say.
 
 Questions are counted: the teacher's time is the price of a method that asks them.
 """
