@@ -224,7 +224,8 @@ class Behavior:
     teacher_first: int | PerRollout = field(
         default=0, repr=False
     )  # tokens the teacher writes, then the student goes on
-    teacher_draws: str = field(default="rollout", repr=False)  # group = rollouts of a prompt share the teacher's tokens
+    # What the teacher draws belongs to a rollout; or to a group, whose rollouts share it; or to a prompt, for all time
+    teacher_draws: str = field(default="rollout", repr=False)
     mix: Mix | None = field(default=None, repr=False)  # what is sampled in place of the student
     stop: StopRule | None = field(default=None, repr=False)
 

@@ -11,12 +11,14 @@ are the student's on every token, whoever wrote it.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from opd_lab.methods.coins import uniform
 from opd_lab.models import LM, evaluating
 from opd_lab.rollout.reader import Reader, left_padded
 from opd_lab.rollout.responses import Responses
@@ -71,7 +73,8 @@ class TorchEngine:
             _check(lm, prompts, self.max_tokens)
         out = Responses(student, len(prompts), self.max_tokens)
         plan = _plan(behavior, self.seed, uid_B, group_B, self.max_tokens, student.device)
-        uniform_BT = uniform_BT.to(student.device)
+        drawn = _uniforms(behavior, self.seed, uniform_BT, prompts, group_B)
+        drawn = _Uniforms(*(value_BT.to(student.device) for value_BT in drawn))
         needed_B = (plan.teacher_until_B > 0).tolist()
         with evaluating(student.module), evaluating((teacher or student).module):
             for helped in (False, True):  # rows that need no teacher do not pay for one
@@ -81,7 +84,7 @@ class TorchEngine:
                     rows = order[begin : begin + self.decode_rows]
                     row_R = torch.tensor(rows, device=student.device)
                     readers = (student, teacher if helped else None)
-                    _decode(*readers, [prompts[b] for b in rows], row_R, behavior, plan, uniform_BT, out)
+                    _decode(*readers, [prompts[b] for b in rows], row_R, behavior, plan, drawn, out)
         return out.rollouts(prompts, group_B, uid_B, _per_row(behavior, plan, out.generated_B))
 
 
@@ -91,7 +94,6 @@ class _Plan(NamedTuple):
     limit_B: Tensor
     teacher_first_B: Tensor  # tokens that the teacher writes
     teacher_until_B: Tensor  # tokens of which it is asked at all
-    draws_B: Tensor  # the row whose uniforms the teacher uses
 
 
 def _plan(
@@ -103,9 +105,27 @@ def _plan(
 
     limit_B, first_B = tokens(behavior.limit, 1), tokens(behavior.teacher_first, 0)
     always = behavior.mix is not None or behavior.stop is not None
-    first_row_B = (group_B[:, None] == group_B).int().argmax(1)
-    draws_B = first_row_B if behavior.teacher_draws == "group" else torch.arange(len(uid_B))
-    return _Plan(limit_B, first_B, torch.full_like(first_B, max_tokens) if always else first_B, draws_B.to(device))
+    return _Plan(limit_B, first_B, torch.full_like(first_B, max_tokens) if always else first_B)
+
+
+class _Uniforms(NamedTuple):
+    """What decides each token: the student's or a blend's, and the teacher's."""
+
+    own_BT: Tensor
+    teacher_BT: Tensor
+
+
+def _uniforms(
+    behavior: Behavior, seed: int, uniform_BT: Tensor, prompts: list[list[int]], group_B: Tensor
+) -> _Uniforms:
+    if behavior.teacher_draws == "rollout":
+        return _Uniforms(uniform_BT, uniform_BT)
+    member_BB = group_B[:, None] == group_B
+    if behavior.teacher_draws == "group":
+        return _Uniforms(uniform_BT, uniform_BT[member_BB.int().argmax(1)])
+    prompt_B = torch.tensor([int(hashlib.sha256(repr(ids).encode()).hexdigest()[:15], 16) for ids in prompts])
+    number_B = member_BB.tril(-1).sum(1)  # of the rollout among those of its prompt
+    return _Uniforms(uniform_BT, uniform(seed, prompt_B[:, None], number_B[:, None], torch.arange(uniform_BT.shape[1])))
 
 
 def _per_row(behavior: Behavior, plan: _Plan, generated_B: Tensor) -> dict[str, Tensor]:
@@ -143,7 +163,7 @@ def _decode(
     row_R: Tensor,
     behavior: Behavior,
     plan: _Plan,
-    uniform_BT: Tensor,
+    drawn: _Uniforms,
     out: Responses,
 ) -> None:
     """Decode one batch; row r of it is row `row_R[r]` of the output."""
@@ -157,7 +177,7 @@ def _decode(
     for t in range(limit):
         other = other if t < until else None  # its cache is freed
         logp_RV = own.read(ids_RL).log_softmax(-1)
-        said_RV, source_R, draws_R, kept_R = logp_RV, None, row_R, None
+        said_RV, source_R, uniform_R, kept_R = logp_RV, None, drawn.own_BT[row_R, t], None
         if other is not None:
             logq_RV = other.read(ids_RL).log_softmax(-1)
             if behavior.mix is not None:
@@ -172,9 +192,9 @@ def _decode(
             said_RV = torch.where(teacher_R[:, None], logq_RV, said_RV)
             student_or_blend = Source.STUDENT if behavior.mix is None else Source.BLEND
             source_R = torch.where(teacher_R, int(Source.TEACHER), int(student_or_blend)).to(torch.int8)
-            draws_R = torch.where(teacher_R, plan.draws_B[row_R], row_R)
+            uniform_R = torch.where(teacher_R, drawn.teacher_BT[row_R, t], uniform_R)
         behavior_RV = said_RV if behavior.unfiltered else filtered(said_RV, behavior)
-        ids_R = draw(behavior_RV, uniform_BT[draws_R, t])
+        ids_R = draw(behavior_RV, uniform_R)
         out.write(row_R, t, ids_R, behavior_RV, logp_RV, source_R, running_R)
         running_R = out.finish(row_R, torch.isin(ids_R, stop_S), kept_R, running_R) & (t + 1 < plan.limit_B[row_R])
         left = int(running_R.sum())
