@@ -43,7 +43,7 @@ def test_one_seed_gives_one_metrics_file_and_another_seed_another(tmp_path):
     assert one.objective == two.objective
 
 
-@pytest.mark.parametrize("method", ["opd", "scope"])
+@pytest.mark.parametrize("method", ["opd", "scope", "tropd_lab"])
 def test_four_steps_are_two_a_kill_and_two(tmp_path, monkeypatch, method):
     whole = run(tmp_path / "whole", f"method={method}", name=method)
     with monkeypatch.context() as patch:

@@ -10,33 +10,30 @@ with tokens of the teacher, fewer at every step, which are imitated a little.
     outlier   1 - M   sum over the teacher's top k of q (log q - log p)                     y ~ student
     guidance  beta    log q(y) - log p(y), which is supervised learning                     y ~ teacher
     objective = sum of the three / all trained tokens; denominator regions: the sum of three means
-    prefix    at most L/2 (1 + cos(pi min(step / T, 1))) tokens, rounded down
+    prefix    of at most L/2 (1 + cos(pi min(step / T, 1))) tokens: teacher_prefix.py
 
-E P = 1 - TV(p, q), so the share of outliers measures the total variation; E_M[M R] >= -1/e. A token accepted in spite
-of a hugely negative R is rare and not bounded. The truncated sum is no divergence: it may be negative and is not
-clamped, for that kills its gradient, whose L1 norm is at most twice the teacher's mass on its top k. P and R are made
-of the same two log-probs, so R >= 0 implies M = 1.
+E P = 1 - TV(p, q), so the share of outliers measures the total variation; E_M[M R] >= -1/e. P and R are made of the
+same two log-probs, so R >= 0 implies M = 1. The truncated sum is no divergence: it may be negative and is not clamped,
+for that kills its gradient, whose L1 norm is at most twice the teacher's mass on its top k.
 
 Other regions: expected puts P in the place of M, threshold has M = 1[R > threshold], everything M = 1, nothing M = 0.
-Other lessons for outliers: fkl_reward = the forward KL as a cost of the sampled token, clip = R is the threshold, mask
-= none. Teacher := student teaches nothing, except through teacher tokens (zero on average only), and through a
-truncated forward KL on all tokens.
+Other lessons for outliers: the forward KL as a cost of the sampled token (fkl_reward), the threshold as R (clip), none
+(mask). Teacher := student teaches nothing but what stands in the teacher's own tokens, which is zero on average, and in
+a truncated forward KL on all tokens.
 
-Status: experimental. Unknown: whether the forward KL is back-propagated (outlier fkl, the printed objective) or fed to
-        the policy gradient (fkl_reward); whether a prefix has the greatest length or a uniform one below it; tau of the
-        static variants (here the floor of REOPOLD). With region nothing it is a control: the paper's run with forward
-        KL on all tokens collapsed, and as a reward (fkl_all_reward) its expected gradient is zero.
+Status: experimental. Unknown: whether the outliers' forward KL is back-propagated (fkl, as printed) or a reward of the
+        policy gradient (fkl_reward); whether a prefix is as long as allowed or of uniform length; tau of the static
+        variants (here the floor of REOPOLD). Region nothing is a control: the paper's run with forward KL on all tokens
+        collapsed; as a reward it has an expected gradient of zero.
 Neutral: region everything, trust_estimator exact, prefix_schedule none. With trust_estimator sampled it is opd_sampled.
-Differs: the paper says that the forward KL vanishes with the student's mass on the teacher's top k; it diverges, with a
-         bounded gradient. Nothing is suppressed here.
-Differs: the paper's text prints log(p/q) in clip and mask; with max(., tau), tau < 0, only R = log(q/p) makes sense.
+Differs: where the student has no mass on the teacher's top k, the paper has the forward KL vanish; it diverges, with a
+         bounded gradient, and nothing is suppressed. Nor is log(p/q) clipped, as the paper's text prints, but R.
 Differs: no released code was seen. One update per batch, no ratio, no clipping of it.
 
-Metrics, all tropd/: of student tokens outlier_fraction, trust_probability_mean_fraction, below_threshold_fraction (R at
-or below the threshold, whatever the region), gap_{trust,outlier}_{mean,p99}_nats, reverse_kl_mean_nats,
-total_variation_mean_fraction, {teacher_topk_mass,student_mass_on_teacher_topk}_fraction; fkl_outlier_mean_nats and
-fkl_negative_fraction of outliers; prefix_max_tokens, teacher_token_fraction, full_teacher_rollout_fraction; histograms
-trust_probability_fraction, gap_{trust,outlier}_nats.
+Metrics, tropd/. Of student tokens: outlier_fraction, trust_probability_mean_fraction, below_threshold_fraction (in any
+region), gap_{trust,outlier}_{mean,p99}_nats, reverse_kl_mean_nats, total_variation_mean_fraction, teacher_topk_mass_
+fraction, student_mass_on_teacher_topk_fraction. Of outliers: fkl_outlier_mean_nats, fkl_negative_fraction. Those of
+teacher_prefix.py. Histograms: trust_probability_fraction, gap_{trust,outlier}_nats.
 """
 
 from __future__ import annotations
@@ -50,8 +47,8 @@ from torch import Tensor
 from opd_lab import divergence as d
 from opd_lab.methods.base import choice, within
 from opd_lab.methods.coins import token_coins
-from opd_lab.methods.fire_opd import quantile
-from opd_lab.methods.policy_gradient import ON_AVERAGE, log_ratio, own_tokens, seen
+from opd_lab.methods.fire_opd import mean, quantile
+from opd_lab.methods.policy_gradient import BASES, ON_AVERAGE, log_ratio, own_tokens, seen
 from opd_lab.methods.teacher_prefix import TeacherPrefix, students, teachers
 from opd_lab.types import (
     LOGP_STUDENT,
@@ -61,14 +58,12 @@ from opd_lab.types import (
     Batch,
     Facts,
     Needs,
-    Signal,
     Source,
     Tokens,
     topk,
 )
 
-SAMPLED = frozenset({LOGP_STUDENT, LOGP_TEACHER})
-OUTLIERS = {"fkl": "forward_kl", "fkl_reward": "reward_forward_kl", "clip": "reward_clip", "mask": "nothing"}
+OUTLIERS = {"fkl": "forward_kl", "fkl_reward": "reward_forward_kl", "clip": "reward_clip", "mask": "masked"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +87,8 @@ class TrOPD(TeacherPrefix):
         if (self.region, self.outlier) == ("nothing", "mask"):
             raise ValueError("method.region=nothing with method.outlier=mask trains nothing")
         if not self.threshold_nats < 0:
-            raise ValueError(
-                f"method.threshold_nats must be < 0, got {self.threshold_nats:g}: "
-                "it is a floor for log p_teacher - log p_student"
-            )
+            what = "it is a floor for log p_teacher - log p_student"
+            raise ValueError(f"method.threshold_nats must be < 0, got {self.threshold_nats:g}: {what}")
         within("k", self.k, ">= 1", self.k >= 1)
         choice("tail", self.tail, d.TAILS)
         choice("trust_estimator", self.trust_estimator, ("sampled", "exact"))
@@ -142,9 +135,10 @@ class TrOPD(TeacherPrefix):
         return self.region != "everything" and self.outlier in ("fkl", "fkl_reward")
 
     def needs(self) -> Needs:
-        exact: set[Signal] = {REVERSE_KL} if self.trust_estimator == "exact" else set()
+        batch = BASES["sampled"] if self.weighs else frozenset()
+        exact = BASES["full"] if self.trust_estimator == "exact" else frozenset()
         cover = {topk(self.k, "teacher")} if self.covers else set()
-        return Needs(batch=SAMPLED if self.weighs else frozenset(), tokens=SAMPLED | exact | cover)
+        return Needs(batch=batch, tokens=BASES["sampled"] | exact | cover)
 
     def consult(self, ask: object, batch: Batch) -> dict[str, Tensor]:
         """`trust`, M or what stands in its place, on the student's tokens; `gap` = -R."""
@@ -152,13 +146,13 @@ class TrOPD(TeacherPrefix):
         if not self.weighs:
             return {"trust": own_BT.double() * (self.region == "everything")}
         gap_BT = batch[LOGP_STUDENT] - batch[LOGP_TEACHER]
-        if self.region == "threshold":
-            trust_BT = (-gap_BT > self.threshold_nats).double()
-        else:
-            trust_BT = acceptance(gap_BT).double()
-            if self.region == "speculative":
-                trust_BT = (token_coins(batch) < trust_BT).double()
-        return {"trust": trust_BT.masked_fill(~own_BT, 0.0), "gap": gap_BT}
+        accepted_BT = acceptance(gap_BT)
+        trust_BT = {
+            "speculative": token_coins(batch) < accepted_BT,
+            "expected": accepted_BT,
+            "threshold": -gap_BT > self.threshold_nats,
+        }[self.region]
+        return {"trust": trust_BT.double().masked_fill(~own_BT, 0.0), "gap": gap_BT}
 
     def weights(self, batch: Batch) -> dict[str, Tensor]:
         own_BT, trust_BT = students(batch), batch.consulted["trust"]
@@ -175,15 +169,10 @@ class TrOPD(TeacherPrefix):
     def losses(self, tokens: Tokens) -> dict[str, Tensor]:
         logp_N = tokens[LOGP_STUDENT]
         gap_N = tokens.consulted["gap"].to(logp_N.dtype) if self.weighs else -log_ratio(tokens)
-        exact = self.trust_estimator == "exact"
-        if self.covers:
-            outlier_N = self.cover(tokens)
-            outlier_N = costing(outlier_N, logp_N) if self.outlier == "fkl_reward" else outlier_N
-        else:
-            outlier_N = costing(gap_N.clamp(max=-self.threshold_nats), logp_N)
+        outlier_N = self.cover(tokens) if self.covers else gap_N.clamp(max=-self.threshold_nats)
         return {
-            "trust": tokens[REVERSE_KL] if exact else costing(gap_N, logp_N),
-            "outlier": outlier_N,
+            "trust": tokens[REVERSE_KL] if self.trust_estimator == "exact" else costing(gap_N, logp_N),
+            "outlier": outlier_N if self.covers and self.outlier == "fkl" else costing(outlier_N, logp_N),
             "guidance": tokens[LOGP_TEACHER] - logp_N,
         }
 
@@ -217,9 +206,9 @@ class TrOPD(TeacherPrefix):
         logp_BT, logq_BT = seen(batch, LOGP_STUDENT), seen(batch, LOGP_TEACHER)
         if logp_BT is not None and logq_BT is not None:
             values |= self.of_gaps((logp_BT - logq_BT)[own_BT].double(), trust_N)
-        sums = batch.tallies
-        for name in sums.keys() - {"students", "outliers"}:
-            values[name] = float(sums[name] / sums["outliers" if name.startswith("fkl") else "students"])
+        for name, total in batch.tallies.items():
+            if name not in ("students", "outliers"):
+                values[name] = float(total / batch.tallies["outliers" if name.startswith("fkl") else "students"])
         return {f"tropd/{name}": value for name, value in values.items()}
 
     def of_gaps(self, gap_N: Tensor, trust_N: Tensor) -> dict[str, float | Tensor]:
@@ -237,16 +226,16 @@ class TrOPD(TeacherPrefix):
         return values
 
     def conventions(self) -> dict[str, str]:
-        trust = [] if self.region == "nothing" else ["reverse_kl"]
-        outlier = [] if self.region == "everything" else [OUTLIERS[self.outlier]]
-        exact = self.trust_estimator == "exact"
-        tags = {
-            "divergence": "+".join(trust + outlier),
-            "estimator": ("full_vocabulary" if exact else "k1_score") + f"+top{self.k}" * self.covers,
+        trust = {"reverse_kl": "full_vocabulary" if self.trust_estimator == "exact" else "k1_score"}
+        outlier = {OUTLIERS[self.outlier]: f"top{self.k}" if self.covers else "k1_score"}
+        parts = {} if self.region == "nothing" else trust
+        parts |= {} if self.region == "everything" else outlier
+        return {
+            "divergence": "+".join(parts),
+            "estimator": "+".join(dict.fromkeys(parts.values())),
             "denominator": self.denominator,
             "region": self.region,
-        }
-        return tags | ({"topk_k": str(self.k), "topk_tail": self.tail} if self.covers else {})
+        } | ({"topk_k": str(self.k), "topk_tail": self.tail} if self.covers else {})
 
 
 def acceptance(gap: Tensor) -> Tensor:
@@ -257,7 +246,3 @@ def acceptance(gap: Tensor) -> Tensor:
 def costing(cost_N: Tensor, logp_N: Tensor) -> Tensor:
     """The cost as a value; its gradient is cost * grad log p(y)."""
     return cost_N.detach() + d.score_function(logp_N - logp_N.detach(), cost_N)
-
-
-def mean(value_N: Tensor) -> float:
-    return value_N.double().mean().item()
