@@ -15,9 +15,9 @@ import torch
 from opd_lab.chunk import States, TeacherView, measure, of_the_student, reads, teacher_must
 from opd_lab.data.grading import rates
 from opd_lab.methods.base import Continued
+from opd_lab.parts import Parts
 from opd_lab.settings import RunSettings
 from opd_lab.step import Gradient, Scorer, StatesOf, accumulate_gradient, whole_batch
-from opd_lab.train import Parts
 from opd_lab.types import CAPABILITIES, LOGP_STUDENT, Behavior, Facts, Rollouts, Signal, State
 
 ROWS = 8  # rollouts sampled for the checks

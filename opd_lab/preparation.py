@@ -25,9 +25,9 @@ from opd_lab.chunk import States, layers_of
 from opd_lab.data.prompts import PromptStream
 from opd_lab.methods.base import Frozen, Method, Prepared
 from opd_lab.models import evaluating
+from opd_lab.parts import Parts, tokenizer_digest
 from opd_lab.rollout.torch_engine import TorchEngine
 from opd_lab.settings import RunSettings
-from opd_lab.train import Parts, tokenizer_digest
 from opd_lab.types import Behavior, Rollouts, Signal, State
 
 VERSION = 1

@@ -25,13 +25,14 @@ from opd_lab.chunk import reads
 from opd_lab.config import digest, flat, method_of
 from opd_lab.data import prompts
 from opd_lab.doctor import WARNING, compatible, first_step
+from opd_lab.parts import Parts, facts_of
 from opd_lab.rollout.torch_engine import TorchEngine
 from opd_lab.settings import RunSettings
 from opd_lab.teacher.local import LocalTeacher
 from opd_lab.tracking import read
 from opd_lab.tracking.run_folder import RunFolder
 from opd_lab.tracking.tracker import FanOut, RunInfo, Tracker
-from opd_lab.train import Parts, Progress, Trainer, facts_of
+from opd_lab.train import Progress, Trainer
 
 Say = Callable[[str], None]
 

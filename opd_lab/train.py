@@ -5,72 +5,31 @@ prompts -> rollouts -> reward -> teacher -> batch -> weights -> gradient -> upda
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from opd_lab import checkpoint
-from opd_lab.chunk import layers_of, teacher_must
-from opd_lab.data.prompts import Dataset, Example, PromptStream
+from opd_lab.chunk import teacher_must
+from opd_lab.data.prompts import Example, PromptStream
 from opd_lab.diagnostics import RECORD, observe
 from opd_lab.diagnostics.high_loss import HighLoss
 from opd_lab.diagnostics.summary import spent
 from opd_lab.evaluate import Evaluation, evaluate
-from opd_lab.methods.base import Method, Prepared
-from opd_lab.models import LM
+from opd_lab.methods.base import Prepared
 from opd_lab.optimize import adamw, learn, learning_rate
+from opd_lab.parts import Parts, plain_behavior
 from opd_lab.rollout.torch_engine import TorchEngine
 from opd_lab.settings import RunSettings
-from opd_lab.step import Models, Scorer, StatesOf, View, whole_batch
+from opd_lab.step import View, whole_batch
 from opd_lab.tracking.tracker import Tracker
-from opd_lab.types import Batch, Behavior, Facts, Report, Rollouts, State
-
-
-class Teacher(Scorer, Protocol):
-    """A teacher, as a run sees it."""
-
-    @property
-    def lm(self) -> LM | None:
-        """The model itself, where it is in this process."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, int] | None:
-        """Depth and width; None = it gives no hidden states."""
-        ...
-
-    def digest(self) -> str:
-        """Of what decides its answers."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a run is made of."""
-
-    student: LM
-    teacher: Teacher
-    engine: TorchEngine
-    data: Dataset
-    method: Method
-    reference: LM | None = None  # the frozen initial student, where the method asks for one
-
-    @property
-    def models(self) -> Models:
-        reference = _states_of(self.reference) if self.reference else None
-        return Models(_states_of(self.student), self.teacher, reference, self.student)
-
-
-def _states_of(lm: LM) -> StatesOf:
-    return lambda rollouts, signals: lm.states(rollouts, layers_of("student", signals))
+from opd_lab.types import Batch, Behavior, Report, Rollouts, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,36 +43,6 @@ class Progress:
     accuracy: float
     tokens_per_second: float
     seconds_left: float
-
-
-def tokenizer_digest(lm: LM) -> str:
-    """What lists of token ids belong to: a digest of id -> string."""
-    ids = sorted(lm.tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
-
-
-def plain_behavior(settings: RunSettings) -> Behavior:
-    r = settings.rollout
-    return Behavior(r.temperature, r.top_p, r.top_k, tuple(r.suppressed))
-
-
-def facts_of(settings: RunSettings, parts: Parts) -> Facts:
-    return Facts(
-        steps=settings.steps,
-        behavior=plain_behavior(settings),
-        max_tokens=settings.rollout.max_tokens,
-        per_prompt=settings.rollout.per_prompt,
-        updates_per_rollout=settings.optim.updates_per_rollout,
-        vocabulary=parts.student.vocabulary,
-        graded=parts.data.grade is not None,
-        tokenizer=tokenizer_digest(parts.student),
-        data=settings.data.name,
-        teacher=parts.teacher.name,
-        engine=parts.engine.name,
-        student_shape=parts.student.shape,
-        teacher_shape=parts.teacher.shape,
-        reference=settings.model.reference.path if settings.model.reference else None,
-    )
 
 
 class Trainer:

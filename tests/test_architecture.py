@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "opd_lab"
 LAYERS = [
     *("types", "settings", "divergence", "methods", "chunk", "signals", "models", "pairing", "data", "rollout"),
-    *("asking", "step", "teacher", "diagnostics", "tracking", "compare", "evaluate", "checkpoint", "optimize", "train"),
-    *("preparation", "doctor", "config", "catalogue", "analyze", "mistakes", "progress", "lab_models", "run"),
+    *("asking", "step", "teacher", "diagnostics", "tracking", "compare", "evaluate", "checkpoint", "optimize", "parts"),
+    *("train", "preparation", "doctor", "config", "catalogue", "analyze", "mistakes", "progress", "lab_models", "run"),
     *("results", "sweep", "__main__", "cli"),
 ]
 BARE = ("types", "divergence", "methods", "chunk", "signals", "models", "rollout", "teacher", "step", "train")

@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from opd_lab.config import CONF, method_of, settings_of
-from opd_lab.train import facts_of, tokenizer_digest
+from opd_lab.parts import facts_of, tokenizer_digest
 
 MODEL: Any = SimpleNamespace(vocabulary=151936, shape=(28, 1536), tokenizer=SimpleNamespace(get_vocab=dict))
 PAPERS = sorted((CONF / "experiment").glob("paper_*.yaml"))

@@ -14,8 +14,8 @@ from lab_run import run, settings
 
 from opd_lab import preparation, train
 from opd_lab.methods.base import Method, Prepared
+from opd_lab.parts import Parts
 from opd_lab.run import load_parts
-from opd_lab.train import Parts
 from opd_lab.types import hidden
 
 BRIDGE = ("method=oprd_bridge_lab", "method.fit_prompts=12", "method.fit_max_new_tokens=24")

@@ -19,8 +19,8 @@ from opd_lab.config import CONF, method_of
 from opd_lab.lab_models import lab_tokenizer
 from opd_lab.methods.base import Continued, Method
 from opd_lab.methods.coins import uniform
+from opd_lab.parts import tokenizer_digest
 from opd_lab.step import Gradient, Models, accumulate_gradient, whole_batch
-from opd_lab.train import tokenizer_digest
 from opd_lab.types import Behavior, Facts, Rollouts, Signal, Source, State
 
 YAMLS = sorted((CONF / "method").glob("*.yaml"))

@@ -24,7 +24,7 @@ from opd_lab.config import CONF
 from opd_lab.data import arithmetic
 from opd_lab.methods.opd import OPD
 from opd_lab.methods.rock_tokens import RockTokens
-from opd_lab.train import tokenizer_digest
+from opd_lab.parts import tokenizer_digest
 from opd_lab.types import Rollouts
 from tests.methods.rocks import rocks
 
