@@ -192,3 +192,6 @@ def test_absolute_positions_are_counted_without_padding() -> None:
     together = lm.states(rollouts(*RAGGED)).hidden_NH
     alone = [lm.states(rollouts([prompt], [response])).hidden_NH for prompt, response in zip(*RAGGED)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-6, rtol=0)
+    whole = [lm.body(input_ids=torch.tensor([prompt + response])) for prompt, response in zip(*RAGGED)]
+    own = [out.last_hidden_state[0, len(prompt) - 1 : -1] for out, prompt in zip(whole, RAGGED[0])]
+    torch.testing.assert_close(together, torch.cat(own), atol=1e-6, rtol=0)

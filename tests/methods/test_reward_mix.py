@@ -106,6 +106,15 @@ def test_kdrl_adds_a_falling_share_of_k2() -> None:
     near(gradient_V / 3e-3, *REVERSE)
 
 
+def test_kdrl_pulls_towards_the_answers_that_were_better() -> None:
+    """Without its k2 it is GRPO, token by token: -A log p."""
+    consulted = {"advantage": torch.tensor([0.5, -0.25, 0.0, 0.0, 0.0], dtype=torch.float64)}
+    alone = KDRL(beta_start=0.0, beta_end=0.0)
+    for method in (alone, GRPO()):
+        near(token_losses(method, P.log()[None], LOGQ[None], range(5), consulted=consulted)[TRAINED][:3],
+             0.5 * math.log(2), -0.25 * math.log(5), 0.0)  # fmt: skip
+
+
 def test_denominators_made_of_weights() -> None:
     """Token losses (1 2 3 4) (5) (2 2): mean of means 3.166667; the first rollout dropped: 3 and 1.285714."""
     mask_BT = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
