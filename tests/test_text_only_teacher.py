@@ -3,6 +3,7 @@
 import pytest
 from lab_run import run, settings
 
+from opd_lab.doctor import first_step
 from opd_lab.run import load_parts
 from opd_lab.teacher.local import LocalTeacher
 from opd_lab.tracking import read
@@ -62,3 +63,22 @@ def test_who_wants_text_is_refused_before_the_first_token(tmp_path, monkeypatch)
     assert str(refused.value) == (
         "method omniopd asks the teacher for text, teacher=scores can only score; use teacher=local or teacher=server"
     )
+
+
+def test_the_first_step_asks_whether_the_texts_reach_the_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr("opd_lab.run.LocalTeacher", TextOnly)
+    asked = settings(tmp_path, "method=omniopd_lab")
+    seen = first_step(asked, load_parts(asked, print), {})
+    assert "another teacher gives another gradient" in seen
+    assert any(line.startswith("teacher := student not asked: its texts resemble") for line in seen)
+    deaf = settings(tmp_path, "method=omniopd_lab", "method.prior_count=1e30")
+    with pytest.raises(ValueError, match="the teacher never reaches the loss"):
+        first_step(deaf, load_parts(deaf, print), {})
+
+
+def test_two_runs_of_one_seed_are_the_same_and_another_seed_asks_anew(tmp_path):
+    one, two, other = (
+        (run(tmp_path / name, "method=omniopd_lab", "steps=2", seed, name="omniopd_lab").folder / "metrics.parquet")
+        for name, seed in (("a", "seed=0"), ("b", "seed=0"), ("c", "seed=1"))
+    )
+    assert one.read_bytes() == two.read_bytes() != other.read_bytes()
