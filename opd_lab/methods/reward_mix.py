@@ -141,7 +141,7 @@ class KDRL(GroupRewards):
         return self.beta_start + (self.beta_end - self.beta_start) * done
 
     def metrics(self, batch: Batch, weights: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
-        return super().metrics(batch, weights) | {"kdrl/beta_ratio": self.beta(batch.step)}
+        return super().metrics(batch, weights) | {"kdrl/beta_ratio": self.beta(batch.step - 1)}
 
     def conventions(self) -> dict[str, str]:
         return super().conventions() | {"divergence": "reward+reverse_kl", "estimator": "k2_direct"}
