@@ -19,6 +19,7 @@ from opd_lab.methods.trb import TRB
 from opd_lab.parts import facts_of
 from opd_lab.run import load_parts
 from opd_lab.tracking import read
+from opd_lab.tracking.run_folder import read_table
 
 TRB_SHORT = ("method=trb", "method.warmup_steps=2", "method.initial_budget_nats=0.2")
 SMALL = ("evaluate.problems=1", "evaluate.test_problems=1", "evaluate.samples=2", "evaluate.every=0")
@@ -26,7 +27,11 @@ SMALL = ("evaluate.problems=1", "evaluate.test_problems=1", "evaluate.samples=2"
 
 def metrics(folder: Path, *overrides: str, name: str) -> pd.DataFrame:
     done = run(folder, *SMALL, *overrides, name=name)
-    return read.metrics(done.folder).pivot(index="step", columns="name", values="value").loc[1:]
+    return table_of(done.folder)
+
+
+def table_of(folder: Path) -> pd.DataFrame:
+    return read.metrics(folder).pivot(index="step", columns="name", values="value").loc[1:]
 
 
 def shared(table: pd.DataFrame) -> pd.DataFrame:
@@ -41,8 +46,13 @@ def plain(tmp_path_factory) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def blended(tmp_path_factory) -> pd.DataFrame:
-    return metrics(tmp_path_factory.mktemp("trb"), *TRB_SHORT, name="trb")
+def blended_run(tmp_path_factory) -> Path:
+    return run(tmp_path_factory.mktemp("trb"), *SMALL, *TRB_SHORT, name="trb").folder
+
+
+@pytest.fixture(scope="module")
+def blended(blended_run) -> pd.DataFrame:
+    return table_of(blended_run)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +91,17 @@ def test_what_the_blend_says_of_itself(blended):
     assert first["blend/teacher_gain_mean_nats"] > 0
     feasible, active = first["blend/teacher_feasible_fraction"], first["blend/budget_active_fraction"]
     assert feasible + active == pytest.approx(1.0)
+
+
+def test_sampled_rollouts_show_the_columns_of_the_blend(blended_run):
+    rows = read_table(blended_run, "rollouts").to_pylist()
+    blended, after = ([row for row in rows if row["step"] == step] for step in (2, 4))
+    assert blended and after
+    for row in blended:
+        assert set(row["source"]) == {"blend"}
+        assert len(row["beta"]) == len(row["deviation"]) == len(row["ids"]) and all(0 <= b <= 1 for b in row["beta"])
+    for row in after:
+        assert set(row["source"]) == {"student"} and row["beta"] is None
 
 
 def test_a_resumed_run_goes_on_with_the_budget_of_its_step(tmp_path, monkeypatch, blended):

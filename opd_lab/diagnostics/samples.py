@@ -29,6 +29,7 @@ def sample(
     there_BT = rollouts.source_BT != Source.PADDING
     arrays = {name: batch[signal] for name, signal in _SHOWN.items() if signal in batch.signals}
     arrays["behavior_logp"] = rollouts.behavior_logp_BT
+    arrays |= {name: value_BT for name, value_BT in rollouts.extra.items() if value_BT.ndim == 2}
     if weights:
         arrays["weight"] = total_weight_BT(weights)
     if losses:

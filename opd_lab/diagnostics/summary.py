@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from opd_lab.diagnostics.support import support
 from opd_lab.types import (
     ENTROPY_STUDENT,
     ENTROPY_TEACHER,
@@ -71,6 +72,7 @@ def scalars(batch: Batch, weights: Mapping[str, Tensor], high_loss_quantile: flo
             high_N = kl_N > quantile(kl_N, high_loss_quantile)
             out["high_loss/kl_share_fraction"] = float(kl_N[high_N].sum()) / total
     gap_N = present(gap_BT(batch), mask_BT)
+    out |= support(gap_BT(batch), batch.rollouts)
     if len(gap_N):
         out["gap/mean_nats"] = float(gap_N.mean())
         out["gap/std_nats"] = float(gap_N.std(correction=0))
@@ -84,6 +86,7 @@ _MEANS = {
     "kl/forward_mean_nats": FORWARD_KL,
     "entropy/student_mean_nats": ENTROPY_STUDENT,
     "entropy/teacher_mean_nats": ENTROPY_TEACHER,
+    "teacher/logp_mean_nats": LOGP_TEACHER,
     "rank/teacher_mean_tokens": RANK_TEACHER,
     "overlap/top16_fraction": OVERLAP,
     "overlap/total_variation_mean_fraction": TOTAL_VARIATION,
