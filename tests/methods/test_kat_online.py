@@ -14,7 +14,6 @@ from lab_run import run
 from safetensors.torch import load_file
 from torch import Tensor
 
-from opd_lab.checkpoint import latest
 from opd_lab.chunk import measure
 from opd_lab.methods.base import TRAINED
 from opd_lab.methods.kat import KAT
@@ -135,6 +134,12 @@ def scalar(folder: Path, name: str) -> dict[int, float]:
     return {int(s): v for s, n, v in zip(found["step"], found["name"], found["value"]) if n == name}
 
 
+def buffer(folder: Path) -> Tensor:
+    """KAT's buffer in the newest checkpoint."""
+    saved = load_file(max((folder / "checkpoints").glob("step_*")) / "state.safetensors")
+    return next(value for name, value in saved.items() if name.endswith("method_state.lowest"))
+
+
 def test_four_steps_are_two_a_kill_and_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(tmp_path / "whole", *EARLY, name="kat_lab").folder
     with monkeypatch.context() as patch:
@@ -150,10 +155,9 @@ def test_four_steps_are_two_a_kill_and_two(tmp_path: Path, monkeypatch: pytest.M
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert scalar(whole, "kat/buffer_rollouts") == {1: 0, 2: 8, 3: 16, 4: 24}
     assert all(scalar(whole, "kat/cut_fraction")[step] > 0 for step in (2, 3, 4))  # so the buffer mattered
-    found = [latest(folder / "checkpoints") for folder in (whole, resumed)]
-    buffers = [load_file(one.path / "state.safetensors")["method_state.lowest"] for one in found if one]
-    assert len(buffers[0]) == 32
-    assert torch.equal(*buffers)
+    one, two = (buffer(folder) for folder in (whole, resumed))
+    assert len(one) == 32
+    assert torch.equal(one, two)
 
 
 def test_whole_runs_train_on_the_same_tokens_online_and_post_hoc(tmp_path: Path) -> None:
