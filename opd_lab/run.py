@@ -195,6 +195,7 @@ def identity(
         "teacher": settings.model.teacher.path,
         "teacher_digest": parts.teacher.digest(),
         "vocabulary": str(parts.student.vocabulary),
+        "rollouts": "+".join(["student", *sorted(parts.method.asks())]),
     }
     return RunInfo(
         name=run_name(settings, method_name),

@@ -1,8 +1,8 @@
-"""Learning from rollouts that the teacher wrote, always, by a coin, or at first: the baselines beside on-policy
-distillation, `method=sft`, `method=seq_kd`, `method=gkd`, `method=sft_warmup25` and `method=kd_start`.
+"""Off-policy baselines, on rollouts that the teacher wrote: `method=sft`, `method=gkd`, `method=sft_warmup25`.
 
-arXiv 2306.13649 for the first three; arXiv 2605.31159 has the SFT warm-up, arXiv 2605.09253 the KD start. The teacher
-answers the prompts of the step, through the same engine and filters as a student would, and its tokens are trained:
+arXiv 2306.13649 for SFT, `method=seq_kd` and GKD; arXiv 2605.31159 has the SFT warm-up, arXiv 2605.09253 the KD start,
+`method=kd_start`. The teacher answers the prompts of the step, through the same engine and filters as a student would,
+always, by a coin, or at first; and its tokens are trained:
 
     sft, seq_kd   loss_t = -log p(y_t),  y ~ q: in expectation KL(q || p) + H(q) at the teacher's prefixes
     gkd           with probability lambda the student writes a rollout, else the teacher; on both the same JSD(beta)

@@ -1,15 +1,15 @@
-"""Plain OPD on the student's own rollouts, tempered at first or cut short: the controls of methods that change the
-sampler, `method=temperature_warmup`, `method=fixed_prefix1024` and `method=random_cut`.
+"""Plain OPD on rollouts tempered or cut: `method=temperature_warmup`, `method=fixed_prefix1024`, `method=random_cut`.
 
-arXiv 2605.31159 has the temperature, arXiv 2606.09471 the cuts, each as a baseline. A sampler that does better than
-these does more than to sharpen the rollouts, or to shorten them.
+arXiv 2605.31159 has the temperature, arXiv 2606.09471 the cuts, each as a baseline. They are the controls of methods
+that change the sampler: one that does better than these does more than to sharpen the rollouts, or to shorten them.
 
     temperature_warmup  temperature_k = t0 + (1 - t0) min(k, K) / K  at step k; the loss stays at temperature 1
     fixed_prefix        nobody writes beyond so many tokens, so the rest costs nothing
     random_cut          with a probability a rollout counts up to a position drawn from 1 ... its own length only; it is
                         written to its end, and the rest is neither trained nor in the denominator
 
-The coin and the position of a rollout are pure functions of (seed, step, uid).
+The coin and the position of a rollout are pure functions of (seed, uid).
+
 Neutral: t0 1; a prefix of at least the response limit; probability 0. The first two are the same rollouts bit for bit.
 Differs: unknown, the papers describe neither in full. The uniform position of random_cut is our reading.
 

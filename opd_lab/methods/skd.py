@@ -7,6 +7,7 @@ by a draw from the teacher, and the student goes on from there. The loss does no
 
 is what that draws from, so here it is drawn from mu, with the one uniform of the token. It costs a teacher that decodes
 beside the student for the whole run.
+
 Neutral: k at least the vocabulary with support full, rollouts bit for bit included.
 Differs: nothing known; the released code proposes several tokens at a time, which draws from the same mu.
 
