@@ -41,12 +41,8 @@ INTRO = """# Methods
 Made from the cards by `python -m opd_lab.catalogue`; a test compares. The contract is in [base.py](base.py).
 In plain OPD the student writes each token once and is trained on it once, and the teacher scores it once.
 """
-EVERY_METHOD_HAS = ("check", "metrics", "conventions")  # too common to tell methods apart
-HOOKS = [
-    name
-    for name, value in vars(Method).items()
-    if inspect.isfunction(value) and not name.startswith("_") and name not in EVERY_METHOD_HAS
-]
+TOO_COMMON = ("check", "metrics", "conventions")  # to tell methods apart
+HOOKS = [n for n, f in vars(Method).items() if inspect.isfunction(f) and n[0] != "_" and n not in TOO_COMMON]
 SAYS = {"sampled": "log-probs", "topk": "top-k", "full": "distributions", "hidden": "hidden states", "text": "texts"}
 
 
@@ -132,8 +128,14 @@ def entries() -> list[Entry]:
 
     found = [Entry(cls, variants) for cls, variants in by_class.items()]
     for entry in found:
-        entry.variants.sort(key=lambda v: (f"method={v.name}`" not in entry.card, v.name))
+        entry.variants.sort(key=lambda v: (_place(entry.card, v.name), v.name))
     return sorted(found, key=place)
+
+
+def _place(card: str, name: str) -> int:
+    """Where a card names a variant; its end where it does not."""
+    command = f"`method={name}`"
+    return (card + command).find(command)
 
 
 def _defaults(config: Any) -> Iterator[tuple[str, str]]:

@@ -59,6 +59,11 @@ def test_skd_lets_everything_pass_at_the_whole_vocabulary() -> None:
     near(logmu_RV.exp()[0], 0.026316, 0.621053, 0.059211, 0.006579, 0.286842, 0.0)
 
 
+def test_skd_blends_with_its_own_settings() -> None:
+    mix = SKD(teacher_k=2, teacher_temperature=0.5).behavior(Behavior(), 3, {}).mix
+    assert mix is not None and torch.equal(mix(P1, Q1)[0], replaced_outside(P1, Q1, 2, 0.5)[0])
+
+
 def test_fixed_epsilon_by_hand() -> None:
     logmu_RV, columns = nearest_in_ball(P1, Q1, 0.02, 60)
     near(columns["beta"], 0.177818)
