@@ -112,6 +112,10 @@ class KAT(Method):
                 f"{self.shortest} response tokens to cut anything, the limit is {facts.max_tokens}: this run would be "
                 "plain OPD; use method=kat_lab or a longer limit"
             )
+        if self.warmup_steps >= facts.steps:
+            raise ValueError(
+                f"method.warmup_steps={self.warmup_steps} must be below steps={facts.steps}: this run would be plain OPD"
+            )
 
     @property
     def shortest(self) -> int:

@@ -59,6 +59,7 @@ def test_what_no_run_can_have(keys: dict[str, Any], text: str) -> None:
             {"vocabulary": 128},
             "method.top_k must be in [1, 128] for this vocabulary, got 0; use method.support=full",
         ),
+        ({}, {"steps": 50}, "method.warmup_steps=50 must be below steps=50: this run would be plain OPD"),
     ],
 )
 def test_what_this_run_cannot_have(keys: dict[str, Any], facts: dict[str, int], text: str) -> None:
