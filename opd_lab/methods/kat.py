@@ -114,7 +114,8 @@ class KAT(Method):
             )
         if self.warmup_steps >= facts.steps:
             raise ValueError(
-                f"method.warmup_steps={self.warmup_steps} must be below steps={facts.steps}: this run would be plain OPD"
+                f"method.warmup_steps={self.warmup_steps} must be below steps={facts.steps}: "
+                "this run would be plain OPD"
             )
 
     @property
