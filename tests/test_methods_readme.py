@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from opd_lab.catalogue import BEGIN, PAGE, Entry, entries, front, lines, page, prose, title
+from opd_lab.catalogue import BEGIN, PAGE, Entry, cost, entries, front, hooks, lines, page, prose, teacher, title
 from opd_lab.config import CONF, ROOT
 
 ENTRIES = entries()
@@ -38,6 +38,16 @@ def test_every_yaml_has_one_line():
 def test_no_two_methods_say_the_same_of_themselves():
     said = [entry.title for entry in ENTRIES]
     assert len(set(said)) == len(said), "a class that shares its file needs a docstring of its own"
+
+
+def test_what_a_method_answers_asks_and_costs():
+    found = {entry.main.name: entry for entry in ENTRIES}
+    said = {name: (hooks(e.cls), teacher(e.main.bound), cost(e.main.bound)) for name, e in found.items()}
+    assert said["opd"] == ([], "distributions", "none")
+    assert said["fire_opd"] == (["needs", "weights", "losses"], "log-probs, distributions", "none")
+    assert said["omniopd"][1:] == ("texts", "no teacher pass, a reference pass, the teacher writes texts")
+    assert said["oprd_bridge"][1:] == ("hidden states", "a fit before the first step")
+    assert said["trb"][2] == "the teacher decodes along" and said["kat"][2] == "the teacher scores while decoding"
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.main.name)
