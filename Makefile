@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: setup demo test slow lint check
+.PHONY: setup demo test slow lint check tables
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -24,5 +24,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+tables: setup
+	$(BIN)/python -m opd_lab.catalogue
 
 check: lint test slow

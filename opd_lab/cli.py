@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = commands.add_parser("report", help="the table and the report of the runs in a folder")
     report.add_argument("folder", type=Path)
     report.add_argument("--rebuild", metavar="URI", help="first log the runs again into this MLflow store")
+    analyze = commands.add_parser("analyze", help="a picture that answers one question about finished runs")
+    analyze.add_argument("figure", choices=("kl-map", "support"))
+    analyze.add_argument("folder", type=Path, help="a run folder; for support, a folder of runs")
     sync = commands.add_parser("sync", help="deliver what a store missed while it was away")
     sync.add_argument("run", type=Path, help="a run folder")
     recipe = commands.add_parser("make-lab-models", help="the recipe of the embedded lab's models")
@@ -95,6 +98,13 @@ def _report(given: argparse.Namespace) -> int:
     return 0
 
 
+def _analyze(given: argparse.Namespace) -> int:
+    from opd_lab.analyze.figures import draw
+
+    print(draw(given.figure, given.folder))
+    return 0
+
+
 def _sync(given: argparse.Namespace) -> int:
     from opd_lab.results import deliver
 
@@ -115,6 +125,7 @@ _COMMANDS = {
     "doctor": _doctor,
     "evaluate": _evaluate,
     "report": _report,
+    "analyze": _analyze,
     "sync": _sync,
     "make-lab-models": _make_lab_models,
 }
