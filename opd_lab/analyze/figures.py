@@ -31,11 +31,12 @@ def stretches(folder: Path) -> dict[str, list[list[float]]]:
     found = read.rollouts(folder)
     if not len(found) or "reverse_kl" not in found:
         raise ValueError(f"{folder} has no sampled rollouts with a KL; run with diagnostics.sample_rollouts=100")
-    last = int(found["step"].max())
-    early, late = found["step"] <= max(SHARE * last, found["step"].min()), found["step"] > (1 - SHARE) * last
+    steps = [int(step) for step in found["step"]]
     rows = [list(row) for row in found["reverse_kl"]]
+    first, last = max(SHARE * max(steps), min(steps)), (1 - SHARE) * max(steps)
     return {
-        name: [row for row, on in zip(rows, part) if on][:ROLLOUTS] for name, part in (("early", early), ("late", late))
+        "early": [row for row, step in zip(rows, steps) if step <= first][:ROLLOUTS],
+        "late": [row for row, step in zip(rows, steps) if step > last][:ROLLOUTS],
     }
 
 
