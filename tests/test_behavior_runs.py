@@ -104,6 +104,15 @@ def test_sampled_rollouts_show_the_columns_of_the_blend(blended_run):
         assert set(row["source"]) == {"student"} and row["beta"] is None
 
 
+def test_no_token_of_a_run_leaves_the_ball_around_the_student(blended_run):
+    """KL(mu || p) <= eps_k at every sampled token; eps_k = 0.2 (1 - k / 2) at step k, reported as k + 1."""
+    rows = [row for row in read_table(blended_run, "rollouts").to_pylist() if row["deviation"] is not None]
+    spent = [(value, 0.2 * (1 - (row["step"] - 1) / 2)) for row in rows for value in row["deviation"]]
+    assert len(spent) > 50
+    assert all(-1e-6 <= value <= budget * (1 + 1e-6) for value, budget in spent)
+    assert max(value / budget for value, budget in spent) > 0.99, "somewhere the budget is used up"
+
+
 def test_a_resumed_run_goes_on_with_the_budget_of_its_step(tmp_path, monkeypatch, blended):
     class Killed(BaseException):
         pass
