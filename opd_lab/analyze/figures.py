@@ -79,16 +79,26 @@ def support_points(folder: Path) -> dict[str, tuple[float, float, float]]:
 
 
 def support(folder: Path) -> Figure:
-    """A point per run."""
-    points = support_points(folder)
+    """A point per run, named by the settings of its method in which the runs differ."""
+    points, names = support_points(folder), labels(folder)
     figure, (panel,) = _panels(1, "Does the teacher's support still tell right from wrong rollouts?")
     x, y, reward = zip(*points.values())
     dots = panel.scatter(x, y, c=reward, cmap="viridis")
     for run, (at, height, _) in points.items():
-        panel.annotate(run, (at, height), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        panel.annotate(names[run], (at, height), fontsize=7, xytext=(4, 3), textcoords="offset points")
     panel.set(xlabel="mean teacher log-prob of the tokens, nats", ylabel="AUROC of support against correctness")
     figure.colorbar(dots, ax=panel, label="share of correct rollouts")
     return figure
+
+
+def labels(folder: Path) -> dict[str, str]:
+    """What tells the runs of a folder apart: method settings that differ between them, else their names."""
+    found = read.runs(folder)
+    rows = [{str(name): value for name, value in row.items()} for row in found.to_dict("records")]
+    own = [name for name in rows[0] if name.startswith("method.") and name != "method._target_"]
+    apart = [name for name in own if len({str(row[name]) for row in rows}) > 1]
+    shown = [", ".join(f"{name.removeprefix('method.')}={row[name]}" for name in apart) for row in rows]
+    return {str(row["run"]): text or str(row["run"]) for row, text in zip(rows, shown)}
 
 
 def _panels(number: int, title: str) -> tuple[Figure, list[Any]]:

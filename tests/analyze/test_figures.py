@@ -3,7 +3,7 @@
 import pytest
 from lab_run import run
 
-from opd_lab.analyze.figures import draw, stretches, support_points
+from opd_lab.analyze.figures import draw, labels, stretches, support_points
 from opd_lab.tracking import read
 
 MANY = ("diagnostics.every=1", "diagnostics.sample_rollouts=8")
@@ -30,6 +30,12 @@ def test_a_point_per_run_with_means_over_the_first_steps(tmp_path):
         assert reward == pytest.approx(mine[mine["name"] == "rollout/reward_mean_fraction"]["value"].mean())
         assert 0 <= auroc <= 1
     assert draw("support", tmp_path / "opd_lab").stat().st_size > 10_000
+
+
+def test_runs_are_named_by_what_tells_them_apart(tmp_path):
+    for skip in (10.0, 20.0):
+        run(tmp_path, "method=fire_opd", f"method.skip_percentile={skip}", "steps=1", name="fire_opd")
+    assert sorted(labels(tmp_path / "opd_lab").values()) == ["skip_percentile=10.0", "skip_percentile=20.0"]
 
 
 def test_a_folder_without_runs(tmp_path):
