@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, ProgressColumn, TextColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 
 from opd_lab.settings import RunSettings
 from opd_lab.train import Progress
@@ -36,15 +37,27 @@ class Show:
 
 
 def describe(p: Progress) -> str:
-    """`loss 0.412  KL 0.398 nats  accuracy 0.31  5,210 tokens/s  12 s left`"""
+    """`loss 0.412 KL 0.398 acc 0.310 5,210 tok/s 12 s left`; KL in nats. Short, to fit beside a name in 80 columns."""
     parts = [
         f"loss {p.loss:.3f}" if math.isfinite(p.loss) else "",
-        f"KL {p.kl:.3f} nats" if math.isfinite(p.kl) else "",
-        f"accuracy {p.accuracy:.3f}" if math.isfinite(p.accuracy) else "",
-        f"{p.tokens_per_second:,.0f} tokens/s" if math.isfinite(p.tokens_per_second) else "",
+        f"KL {p.kl:.3f}" if math.isfinite(p.kl) else "",
+        f"acc {p.accuracy:.3f}" if math.isfinite(p.accuracy) else "",
+        f"{p.tokens_per_second:,.0f} tok/s" if math.isfinite(p.tokens_per_second) else "",
         f"{p.seconds_left:.0f} s left" if 0 < p.step < p.steps else "",
     ]
-    return "  ".join(part for part in parts if part) or "starting"
+    return " ".join(part for part in parts if part) or "starting"
+
+
+def bars(console: Console) -> Bars:
+    """A line per run: the name gives way first, the bar is there where there is room."""
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=28, ratio=1)),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True)),
+    ]
+    if console.width >= 110:
+        columns.insert(1, BarColumn(bar_width=20))
+    return Bars(*columns, console=console, expand=True)
 
 
 @contextmanager
@@ -54,11 +67,5 @@ def line(name: str, settings: RunSettings) -> Iterator[Show]:
     if not console.is_terminal:
         yield Show(name, settings.steps, console, None)
         return
-    columns = [
-        SpinnerColumn(finished_text="✓"),
-        TextColumn("{task.description:28}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.completed}/{task.total}  {task.fields[said]}"),
-    ]
-    with Bars(*columns, console=console) as bars:
-        yield Show(f"{name} s{settings.seed}", settings.steps, console, bars)
+    with bars(console) as live:
+        yield Show(f"{name} s{settings.seed}", settings.steps, console, live)
