@@ -99,9 +99,15 @@ def _report(given: argparse.Namespace) -> int:
 
 
 def _analyze(given: argparse.Namespace) -> int:
-    from opd_lab.analyze.figures import draw
+    from opd_lab.analyze.figures import AXES, draw, labels, support_points
 
-    print(draw(given.figure, given.folder))
+    path = draw(given.figure, given.folder)
+    if given.figure == "support":
+        names = labels(given.folder)
+        print(f"{'':32}{'  '.join(AXES)}")
+        for run, point in support_points(given.folder).items():
+            print(f"{names[run]:32}" + "  ".join(f"{value:.3f}" for value in point))
+    print(path)
     return 0
 
 
