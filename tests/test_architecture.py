@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "opd_lab"
 LAYERS = [
-    *("types", "settings", "divergence", "methods", "chunk", "signals", "models", "pairing", "data", "rollout"),
+    *("bins", "types", "settings", "divergence", "methods", "chunk", "signals", "models", "pairing", "data", "rollout"),
     *("asking", "step", "teacher", "diagnostics", "tracking", "compare", "evaluate", "checkpoint", "optimize", "parts"),
     *("train", "preparation", "doctor", "config", "catalogue", "analyze", "mistakes", "progress", "lab_models", "run"),
     *("results", "sweep", "__main__", "cli"),

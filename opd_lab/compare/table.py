@@ -7,7 +7,7 @@ the problems, drawn together for all seeds, which share them: it says how far ot
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,10 +40,10 @@ class Comparison:
     left_out: list[str]  # runs that have not finished
 
 
-def groups(runs: read.Runs) -> list[Group]:
-    """The finished runs by method, in the order in which they started. Variants of a method are told apart by their
-    own settings."""
-    finished = [f for f in read.folders(runs) if read.status(f)["status"] == "FINISHED"]
+def groups(runs: read.Runs, statuses: Collection[str] = ("FINISHED",)) -> list[Group]:
+    """The runs of these statuses by method, in the order in which they started. Variants of a method are told apart by
+    their own settings."""
+    finished = [f for f in read.folders(runs) if read.status(f)["status"] in statuses]
     pooled: dict[str, list[Path]] = {}
     for folder in sorted(finished, key=lambda f: read.status(f)["started"]):
         pooled.setdefault(json.dumps(_params(folder), sort_keys=True), []).append(folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from opd_lab.diagnostics.histograms import edges
+from opd_lab.bins import edges
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,15 +7,16 @@ and crashed runs as well as finished ones. Every row names its run.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_lab.tracking.run_folder import journal_rows, read_table
-from opd_lab.tracking.tracker import RunInfo
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+    from opd_lab.tracking.tracker import RunInfo
 
 Runs = str | Path | Sequence[str | Path]
 
@@ -39,6 +40,8 @@ def status(folder: Path) -> dict[str, Any]:
 
 def info(folder: Path, step: int = 0) -> RunInfo:
     """The run as a tracker wants to be told of it."""
+    from opd_lab.tracking.tracker import RunInfo
+
     said = status(folder)
     return RunInfo(
         name=said["name"],
@@ -66,9 +69,9 @@ def runs(where: Runs) -> DataFrame:
     return pd.DataFrame(rows)
 
 
-def metrics(where: Runs) -> DataFrame:
-    """Every scalar: run, folder, step, name, value. Timings included."""
-    return _gather(where, _metrics)
+def metrics(where: Runs, names: Collection[str] | None = None) -> DataFrame:
+    """Every scalar: run, folder, step, name, value. Timings included. `names`: only these, which is much faster."""
+    return _gather(where, lambda folder: _metrics(folder, names))
 
 
 def histograms(where: Runs) -> DataFrame:
@@ -116,12 +119,16 @@ def table(folder: Path, name: str) -> DataFrame:
     return pd.DataFrame() if found is None else pd.DataFrame(found.to_pylist())
 
 
-def _metrics(folder: Path) -> DataFrame:
+def _metrics(folder: Path, names: Collection[str] | None) -> DataFrame:
     import pandas as pd
+    import pyarrow.parquet as pq
 
     if (folder / "metrics.parquet").exists():
-        return pd.concat([table(folder, "metrics"), table(folder, "timing")], ignore_index=True)
-    return pd.DataFrame(journal_rows(folder), columns=["step", "name", "value"])
+        wanted = None if names is None else [("name", "in", list(names))]
+        files = (folder / f"{name}.parquet" for name in ("metrics", "timing"))
+        return pd.concat([pq.read_table(file, filters=wanted).to_pandas() for file in files], ignore_index=True)
+    rows = (row for row in journal_rows(folder) if names is None or row[1] in names)
+    return pd.DataFrame(rows, columns=["step", "name", "value"])
 
 
 def _gather(where: Runs, one: Any) -> DataFrame:

@@ -18,11 +18,13 @@ import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from opd_lab.tracking.origin import code_diff, commit, environment
-from opd_lab.tracking.tracker import RunInfo
-from opd_lab.types import Report
+
+if TYPE_CHECKING:  # readers of run folders do without torch
+    from opd_lab.tracking.tracker import RunInfo
+    from opd_lab.types import Report
 
 
 def volatile(name: str) -> bool:

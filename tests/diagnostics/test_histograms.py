@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opd_lab.diagnostics.histograms import BINS, count, edges, merge
+from opd_lab.bins import BINS, edges
+from opd_lab.diagnostics.histograms import count, merge
 
 
 @pytest.mark.parametrize("bins", BINS)

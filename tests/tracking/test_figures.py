@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from opd_lab.diagnostics.histograms import BINS
+from opd_lab.bins import BINS
 from opd_lab.tracking.figures import LEFT, TOP, heat_map
 
 
