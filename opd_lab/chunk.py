@@ -154,6 +154,11 @@ def _overlap(c: Chunk, k: int) -> Tensor:
     return shared_NK.double().mean(-1).to(c.logp_NV.dtype)
 
 
+def _outside(c: Chunk, k: int) -> Tensor:
+    ids_NK, _ = d.support_of(c.logp_NV, c.logq_NV, k, "teacher")
+    return 1 - c.logp_NV.gather(-1, ids_NK).exp().sum(-1)
+
+
 COMPUTE: dict[str, Callable[..., Any]] = {
     "logp_student": lambda c: _sampled(c.logp_NV, c.ids_N),
     "logp_old": lambda c: c[LOGP_STUDENT].detach(),
@@ -169,6 +174,7 @@ COMPUTE: dict[str, Callable[..., Any]] = {
         d.topk(c.logp_NV, c.logq_NV, k, support), direction="reverse", tail="bucket"
     ),
     "overlap": _overlap,
+    "outside": _outside,
     "logp_reference": lambda c: _sampled(c.logr_NV, c.ids_N),
     "forward_kl_reference": lambda c: d.forward_kl(c.logp_NV, c.logr_NV),
     "full_student": lambda c: c.logp_NV,

@@ -153,7 +153,9 @@ def check(s: RunSettings) -> None:
         ("evaluate.max_tokens", s.evaluate.max_tokens, 1),
         ("checkpoint.every", s.checkpoint.every, 0),
         ("checkpoint.keep_last", s.checkpoint.keep_last, 1),
-        ("diagnostics.every", s.diagnostics.every, 1),
+        ("diagnostics.every", s.diagnostics.every, 0),
+        ("diagnostics.alarms.first_steps", s.diagnostics.alarms.first_steps, 1),
+        ("diagnostics.alarms.patience", s.diagnostics.alarms.patience, 1),
     ):
         if value < low:
             raise ValueError(f"{name} must be >= {low}, got {value}")
@@ -174,6 +176,7 @@ def check(s: RunSettings) -> None:
         ("rollout.engine", s.rollout.engine, ("torch",)),
         ("optim.schedule", s.optim.schedule, ("constant", "linear", "cosine")),
         ("checkpoint.resume", s.checkpoint.resume, ("auto", "never")),
+        ("diagnostics.on_alarm", s.diagnostics.on_alarm, ("warn", "stop")),
         ("data.kind", s.data.kind, ("arithmetic", "file")),
         ("data.grader", s.data.grader, ("exact", "math_verify", "none")),
         ("model.student.dtype", s.model.student.dtype, ("float32", "bfloat16", "float16")),

@@ -94,12 +94,29 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AlarmSettings:
+    first_steps: int  # steps whose mean is what later steps are held against
+    patience: int  # steps in a row after which an alarm begins, and ends
+    gradient_ratio: float  # gradient norm, over that of the first steps
+    inflation_ratio: float  # tokens per rollout, over those of the first steps
+    collapse_ratio: float  # likewise, below
+    repetition_fraction: float  # 4-grams that their rollout has seen before
+    outside_fraction: float  # the student's mass outside the teacher's 16 likeliest tokens
+    entropy_ratio: float  # the student's entropy, below that of the first steps and the teacher's
+    zero_weight_fraction: float  # tokens without weight
+    trap_fraction: float  # accuracy lost since the best evaluation, the held-out KL not having risen
+    below_start_fraction: float  # accuracy lost against the initial student
+
+
+@dataclass(frozen=True, kw_only=True)
 class DiagnosticsSettings:
     every: int  # steps between histograms and token tables; scalars come at every step
     high_loss_quantile: float  # tokens above this quantile of a step's KL are high-loss tokens
     high_loss_window: int  # steps per window of the persistence: in how many of the last 16 was a token type high
     high_loss_rows: int  # token types shown in the high-loss table
     sample_rollouts: int  # rollouts kept with per-token arrays, at every `every`-th step
+    on_alarm: str  # warn | stop
+    alarms: AlarmSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +18,13 @@ import torch
 from opd_lab import checkpoint
 from opd_lab.chunk import teacher_must
 from opd_lab.data.prompts import Example, PromptStream
-from opd_lab.diagnostics import RECORD, observe
-from opd_lab.diagnostics.high_loss import HighLoss
+from opd_lab.diagnostics import RECORD
+from opd_lab.diagnostics.alerts import GRADIENT, Alarm, AlarmError, diverged, rows
 from opd_lab.diagnostics.summary import spent
+from opd_lab.diagnostics.watch import Watch
 from opd_lab.evaluate import Evaluation, evaluate
 from opd_lab.methods.base import Prepared
-from opd_lab.optimize import adamw, learn, learning_rate
+from opd_lab.optimize import DivergedError, adamw, learn, learning_rate
 from opd_lab.parts import Parts, plain_behavior
 from opd_lab.rollout.torch_engine import TorchEngine
 from opd_lab.settings import RunSettings
@@ -64,11 +65,7 @@ class Trainer:
         self.optimizer = adamw(parts.student, settings.optim)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.stream = PromptStream(parts.data.train, settings.seed)
-        self.high_loss = HighLoss(
-            parts.student.vocabulary,
-            quantile=settings.diagnostics.high_loss_quantile,
-            window=settings.diagnostics.high_loss_window,
-        )
+        self.watch = Watch(settings, parts.student.vocabulary, lambda ids: str(parts.student.tokenizer.decode(ids)))
         self.prepared = Prepared(parts.method.init_state(), {})
         self.state: State = self.prepared.state
         self.step = 0  # steps done
@@ -151,15 +148,7 @@ class Trainer:
         seen = replace(batch, signals=gradient.signals | known, step=self.step)
         self.state = self.parts.method.update(self.state, batch)
         with self.timed("diagnostics"):
-            report = observe(
-                seen,
-                weights,
-                settings=s.diagnostics,
-                high_loss=self.high_loss,
-                decode=lambda ids: str(p.student.tokenizer.decode(ids)),
-                losses=gradient.losses,
-                metrics=p.method.metrics(seen, weights),
-            )
+            report = self.watch.observe(seen, weights, gradient.losses, p.method.metrics(seen, weights))
             report.tables |= p.method.tables(seen)
         tokens = int(batch.rollouts.generated_B.sum())
         cost = spent(batch, scored=any(view.teacher is not None for view in views))
@@ -170,7 +159,7 @@ class Trainer:
         report.scalars |= {f"loss/{term}_value": value for term, value in gradient.values.items()}
         report.scalars |= {
             "loss/total_value": gradient.objective,
-            "optim/gradient_norm": learned.gradient_norm,
+            GRADIENT: learned.gradient_norm,
             "optim/learning_rate": learning_rate(s.optim, batch.step, s.steps),
             "optim/skipped_steps": float(self.totals["skipped_steps"]),
             "time/step_seconds": seconds,
@@ -195,18 +184,40 @@ class Trainer:
             self.deliver(self.examined(Report(step=0, scalars=dict(self.prepared.metrics)), test=True))
         report = Report(step=self.step)
         while self.step < s.steps:
-            report = self.advance()
+            try:
+                report = self.advance()
+            except DivergedError as error:
+                self.publish(Report(self.step + 1), [diverged(self.step + 1, error)])
+                raise
             last = self.step == s.steps
             if last or _due(self.step, s.evaluate.every):
                 report = self.examined(report, test=last)
-            self.deliver(report)
+            raised = self.deliver(report)
+            stop = bool(raised) and s.diagnostics.on_alarm == "stop" and not last
             best = s.checkpoint.keep_best and self.best["step"] == self.step
-            if last or best or _due(self.step, s.checkpoint.every):
+            if last or best or stop or _due(self.step, s.checkpoint.every):
                 self.save()
+            if stop:
+                raise AlarmError(
+                    f"{'; '.join(map(str, raised))}. The run stops here because diagnostics.on_alarm=stop, with a "
+                    "checkpoint; the same command goes on from it"
+                )
         return report
 
-    def deliver(self, report: Report) -> None:
+    def deliver(self, report: Report) -> list[Alarm]:
+        """Publish a step's report; the alarms that begin with it."""
+        raised = self.watch.alarms.check(report)
+        self.publish(report, raised)
+        return raised
+
+    def publish(self, report: Report, raised: Sequence[Alarm]) -> None:
+        """Log a report, show where the run is, and make every alarm heard."""
+        if raised:
+            report.tables["alarms"] = rows(raised)
         self.tracker.log(report)
+        for alarm in raised:
+            self.say(str(alarm))
+            self.tracker.tag(f"alarm/{alarm.alarm}", f"step {alarm.step}: {alarm.message}")
         done = report.scalars
         self.on_step(
             Progress(
@@ -271,7 +282,7 @@ class Trainer:
                 "totals": self.totals,
                 "best": self.best,
                 "accuracy": self.accuracy,
-                "high_loss": self.high_loss.state_dict(),
+                "watch": self.watch.state_dict(),
             },
         )
         best = self.best["step"] if c.keep_best else None
@@ -290,7 +301,7 @@ class Trainer:
         )
         self.step, self.state = found.step, found.method_state
         self.stream.load_state_dict(found.stream)
-        self.high_loss.load_state_dict(found.extra["high_loss"])
+        self.watch.load_state_dict(found.extra["watch"])
         self.totals, self.best, self.accuracy = found.extra["totals"], found.extra["best"], found.extra["accuracy"]
         self.say(f"resumed after step {self.step} from {loaded.path}")
 

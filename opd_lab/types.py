@@ -132,6 +132,11 @@ def overlap(k: int) -> Signal:
     return Signal("overlap", (("k", k),))
 
 
+def outside(k: int) -> Signal:
+    """The student's mass outside the teacher's k likeliest tokens."""
+    return Signal("outside", (("k", k),))
+
+
 def hidden(owner: str, layers: tuple[int, ...], align: str) -> Signal:
     """Hidden states of blocks 1..depth of the student or the teacher, shape NDH: inside losses only. The last block's
     are taken after the final norm. `align` predict: the state that predicts the token; token: the one that has read it.

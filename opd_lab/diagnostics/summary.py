@@ -27,10 +27,11 @@ from opd_lab.types import (
     Rollouts,
     Signal,
     Source,
+    outside,
     overlap,
 )
 
-OVERLAP = overlap(16)
+OVERLAP, OUTSIDE = overlap(16), outside(16)
 
 # What the trainer records on the chunk, for every method.
 RECORD: frozenset[Signal] = frozenset(
@@ -44,6 +45,7 @@ RECORD: frozenset[Signal] = frozenset(
         TOTAL_VARIATION,
         RANK_TEACHER,
         OVERLAP,
+        OUTSIDE,
     }
 )
 
@@ -89,6 +91,7 @@ _MEANS = {
     "teacher/logp_mean_nats": LOGP_TEACHER,
     "rank/teacher_mean_tokens": RANK_TEACHER,
     "overlap/top16_fraction": OVERLAP,
+    "overlap/outside_top16_fraction": OUTSIDE,
     "overlap/total_variation_mean_fraction": TOTAL_VARIATION,
 }
 
@@ -123,6 +126,8 @@ def _rollouts(rollouts: Rollouts) -> dict[str, float]:
         "rollout/length_mean_tokens": float(rollouts.length_B.double().mean()),
         "rollout/truncated_fraction": float((~rollouts.stopped_B).double().mean()),
     }
+    if "generated" in rollouts.extra:
+        out["rollout/cut_fraction"] = float(rollouts.cut_B.double().mean())
     reward_N = rollouts.reward_B[~rollouts.reward_B.isnan()]
     if len(reward_N):
         out["rollout/reward_mean_fraction"] = float(reward_N.double().mean())

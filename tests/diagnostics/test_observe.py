@@ -11,8 +11,17 @@ from opd_lab.diagnostics import HighLoss, observe
 from opd_lab.settings import DiagnosticsSettings
 from opd_lab.types import REVERSE_KL, Batch, Report, Source
 from tests.diagnostics.batches import random_batch
+from tests.diagnostics.test_alerts import SETTINGS as ALARMS
 
-SETTINGS = DiagnosticsSettings(every=5, high_loss_quantile=0.9, high_loss_window=5, high_loss_rows=3, sample_rollouts=2)
+SETTINGS = DiagnosticsSettings(
+    every=5,
+    high_loss_quantile=0.9,
+    high_loss_window=5,
+    high_loss_rows=3,
+    sample_rollouts=2,
+    on_alarm="warn",
+    alarms=ALARMS,
+)
 
 
 def decode(ids: list[int]) -> str:

@@ -20,6 +20,7 @@ from opd_lab.types import (
     REVERSE_KL,
     Tokens,
     jsd,
+    outside,
     overlap,
 )
 from tests.pair import LOGP, LOGQ, near
@@ -27,7 +28,7 @@ from tests.signals.models import LOSSES, Loss, N, models
 
 EVERYTHING = frozenset(
     {LOGP_STUDENT, LOGP_TEACHER, ENTROPY_STUDENT, ENTROPY_TEACHER, REVERSE_KL, FORWARD_KL, RANK_TEACHER, jsd(0.5)}
-) | {overlap(4)}
+) | {overlap(4), outside(4)}
 UNTRAINED = torch.arange(N) % 3 == 2  # weight 0 in both terms of `models`
 
 
@@ -45,6 +46,12 @@ def test_rank_counts_what_the_teacher_prefers() -> None:
 def test_overlap_of_the_likeliest_tokens(k: int, share: float) -> None:
     """In order of the student 0 1 2 3 4, of the teacher 1 4 2 0 3."""
     near(pair()[overlap(k)], *[share] * 5)
+
+
+@pytest.mark.parametrize(("k", "mass"), [(1, 0.8), (2, 0.75), (3, 0.6), (4, 0.1), (5, 0.0), (99, 0.0)])
+def test_the_students_mass_outside_what_the_teacher_likes(k: int, mass: float) -> None:
+    """In order of the teacher 1 4 2 0 3, with p = .50 .20 .15 .10 .05."""
+    near(pair()[outside(k)], *[mass] * 5)
 
 
 def test_signals_of_the_sampled_token() -> None:
