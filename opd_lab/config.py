@@ -154,6 +154,10 @@ def check(s: RunSettings) -> None:
         ("checkpoint.every", s.checkpoint.every, 0),
         ("checkpoint.keep_last", s.checkpoint.keep_last, 1),
         ("diagnostics.every", s.diagnostics.every, 0),
+        ("diagnostics.probe_rollouts", s.diagnostics.probe_rollouts, 0),
+        ("diagnostics.probe_shown", s.diagnostics.probe_shown, 0),
+        ("diagnostics.estimator_rollouts", s.diagnostics.estimator_rollouts, 0),
+        ("diagnostics.estimator_topk", s.diagnostics.estimator_topk, 1),
         ("diagnostics.alarms.first_steps", s.diagnostics.alarms.first_steps, 1),
         ("diagnostics.alarms.patience", s.diagnostics.alarms.patience, 1),
     ):

@@ -15,8 +15,8 @@ from typing import Protocol
 
 import torch
 
-from opd_lab.chunk import measure
-from opd_lab.models import LM, evaluating
+from opd_lab.diagnostics.scoring import score
+from opd_lab.models import LM
 from opd_lab.rollout.torch_engine import TorchEngine
 from opd_lab.step import Scorer
 from opd_lab.types import REVERSE_KL, Behavior, Rollouts
@@ -107,17 +107,9 @@ def evaluate(
     )
 
 
-@torch.no_grad()
 def _reverse_kl(student: LM, teacher: Scorer | None, rollouts: Rollouts, chunk: int, micro_batch: int) -> float | None:
-    """Mean over the generated tokens. Rollouts of similar length are scored together, which saves their padding."""
+    """Mean over the generated tokens."""
     if teacher is None or "full" not in teacher.provides:
         return None
-    total, order_B = 0.0, rollouts.length_B.argsort(stable=True)
-    with evaluating(student.module):
-        for index in order_B.split(micro_batch):
-            rows = rollouts.rows(index)
-            ids_N = rows.response_BT[rows.mask_BT]
-            wanted = frozenset({REVERSE_KL})
-            seen = measure(wanted, ids_N, student.states(rows), teacher.view(rows, wanted), chunk=chunk)
-            total += float(seen[REVERSE_KL].double().sum())
-    return total / int(rollouts.length_B.sum())
+    seen = score(frozenset({REVERSE_KL}), rollouts, student, teacher, chunk=chunk, micro_batch=micro_batch)
+    return float(seen[REVERSE_KL][rollouts.mask_BT].double().mean())

@@ -45,6 +45,12 @@ class Parts:
     data: Dataset
     method: Method
     reference: LM | None = None  # the frozen initial student, where the method asks for one
+    measure: Scorer | None = None  # a teacher of evaluations only
+
+    @property
+    def measuring(self) -> Scorer | None:
+        """Whose full distributions evaluations compare with, if anybody gives them."""
+        return self.teacher if "full" in self.teacher.provides else self.measure
 
     @property
     def models(self) -> Models:

@@ -73,6 +73,10 @@ def load_parts(settings: RunSettings, say: Say) -> Parts:
         say(note)
     engine = TorchEngine(settings.rollout.max_tokens, settings.rollout.decode_rows, seed=settings.seed)
     parts = Parts(student, LocalTeacher(teacher), engine, data, method)
+    if pair.measure is not None:
+        measure = models.load(pair.measure, device=pair.device, name="measure")
+        _, measure, _ = pairing.match(student, measure, pair.stop_ids)
+        parts = replace(parts, measure=LocalTeacher(measure.freeze()))
     facts = facts_of(settings, parts)
     method.check(facts)
     parts = replace(parts, method=method.bind(facts))

@@ -21,6 +21,7 @@ class PairSettings:
     student: ModelSettings
     teacher: ModelSettings
     reference: ModelSettings | None  # for methods with a frozen reference; None = the student's own beginning
+    measure: ModelSettings | None  # compared with in evaluations only, for teachers that give no distributions
     device: str  # auto | cpu | cuda | cuda:0 ...
     stop_ids: list[int] | None  # token ids that end a response; None = both models must agree on them
 
@@ -97,7 +98,7 @@ class CheckpointSettings:
 class AlarmSettings:
     first_steps: int  # steps whose mean is what later steps are held against
     patience: int  # steps in a row after which an alarm begins, and ends
-    gradient_ratio: float  # gradient norm, over that of the first steps
+    gradient_ratio: float  # gradient norm, over that of the first steps and over optim.clip_norm
     inflation_ratio: float  # tokens per rollout, over those of the first steps
     collapse_ratio: float  # likewise, below
     repetition_fraction: float  # 4-grams that their rollout has seen before
@@ -115,6 +116,10 @@ class DiagnosticsSettings:
     high_loss_window: int  # steps per window of the persistence: in how many of the last 16 was a token type high
     high_loss_rows: int  # token types shown in the high-loss table
     sample_rollouts: int  # rollouts kept with per-token arrays, at every `every`-th step
+    probe_rollouts: int  # rollouts of the initial student on validation prompts, scored at every evaluation
+    probe_shown: int  # of these kept with per-token arrays, each time
+    estimator_rollouts: int  # rollouts on which estimators are held against the exact KL, at every evaluation
+    estimator_topk: int  # tokens of the student's support in the top-k estimators
     on_alarm: str  # warn | stop
     alarms: AlarmSettings
 

@@ -65,7 +65,12 @@ class Trainer:
         self.optimizer = adamw(parts.student, settings.optim)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.stream = PromptStream(parts.data.train, settings.seed)
-        self.watch = Watch(settings, parts.student.vocabulary, lambda ids: str(parts.student.tokenizer.decode(ids)))
+        self.watch = Watch(
+            settings,
+            [e.ids for e in parts.data.validation],
+            parts.student.vocabulary,
+            lambda ids: str(parts.student.tokenizer.decode(ids)),
+        )
         self.prepared = Prepared(parts.method.init_state(), {})
         self.state: State = self.prepared.state
         self.step = 0  # steps done
@@ -181,6 +186,7 @@ class Trainer:
         """All steps that are left, with evaluations and checkpoints; the last report holds the test scores."""
         s = self.settings
         if self.step == 0:
+            self.watch.begin(self.parts.student)
             self.deliver(self.examined(Report(step=0, scalars=dict(self.prepared.metrics)), test=True))
         report = Report(step=self.step)
         while self.step < s.steps:
@@ -247,6 +253,7 @@ class Trainer:
             found = self.examine(self.parts.data.test[: e.test_problems], e.test_samples)
             report.scalars |= found.scalars("eval/test")
             report.tables["evaluations"].extend(_records(found, "test", self.step))
+        self.watch.examine(report, self.parts.student, self.parts.measuring)
         report.scalars["time/evaluation_seconds"] = time.perf_counter() - begin
         return report
 
@@ -254,7 +261,7 @@ class Trainer:
         e, o, p = self.settings.evaluate, self.settings.optim, self.parts
         return evaluate(
             p.student,
-            p.teacher if "full" in p.teacher.provides else None,
+            p.measuring,
             TorchEngine(e.max_tokens, self.settings.rollout.decode_rows),
             examples,
             p.data.grade,

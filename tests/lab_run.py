@@ -28,6 +28,8 @@ SHORT = [
     "evaluate.test_samples=2",
     "checkpoint.every=1",
     "diagnostics.every=2",
+    "diagnostics.probe_rollouts=4",
+    "diagnostics.estimator_rollouts=4",
     "data.problems=200",
     "objective=eval/validation/avg_at_2",
 ]
@@ -41,9 +43,11 @@ def settings(folder: Path, *overrides: str, mlflow: bool = False) -> RunSettings
         return config.settings_of(compose("config", [*SHORT, *own, *overrides]))
 
 
-def run(folder: Path, *overrides: str, mlflow: bool = False, name: str = "opd", say=print) -> Result:
+def run(
+    folder: Path, *overrides: str, mlflow: bool = False, name: str = "opd", say=print, on_step=lambda progress: None
+) -> Result:
     chosen = settings(folder, *overrides, mlflow=mlflow)
-    return execute(chosen, name, config_yaml=yaml.safe_dump(dataclasses.asdict(chosen)), say=say)
+    return execute(chosen, name, config_yaml=yaml.safe_dump(dataclasses.asdict(chosen)), say=say, on_step=on_step)
 
 
 def command(*words: str, cwd: Path, module: str = "opd_lab.cli") -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,7 @@
 """What should be heard before a run collapses, read off the numbers that every run reports anyway.
 
     gradient_not_finite   the objective or its gradient is no number (the trainer raises it: nothing was updated)
-    gradient_explodes     its norm is many times that of the first steps
+    gradient_explodes     its norm is many times that of the first steps, and the norm at which it is clipped
     length_inflation      rollouts, in training or at an evaluation, are much longer than at first
     length_collapse       ... much shorter
     repetition            4-grams come again in their rollout
@@ -61,10 +61,11 @@ class _Reading(NamedTuple):
 
 
 class Alarms:
-    """Fed with every report in order. `accuracy` is the name of the metric that evaluations report."""
+    """Fed with every report in order. `accuracy` is the name of the metric that evaluations report, `clip_norm` the
+    gradient norm above which the run clips, 0 where it does not."""
 
-    def __init__(self, settings: AlarmSettings, accuracy: str) -> None:
-        self._settings, self._accuracy = settings, accuracy
+    def __init__(self, settings: AlarmSettings, accuracy: str, clip_norm: float) -> None:
+        self._settings, self._accuracy, self._clip_norm = settings, accuracy, clip_norm
         self._first: dict[str, list[float]] = {}  # of a metric: sum and number of the first values
         self._start: dict[str, float] = {}  # the evaluation before the first step
         self._best: list[float] = []  # accuracy of the best evaluation, and its KL
@@ -94,7 +95,9 @@ class Alarms:
     def _of_the_step(self, seen: Mapping[str, float]) -> Iterator[_Reading]:
         s = self._settings
         if first := self._against_first(seen, GRADIENT):
-            yield _above("gradient_explodes", seen[GRADIENT], s.gradient_ratio * first, "gradient norm")
+            yield _above(
+                "gradient_explodes", seen[GRADIENT], s.gradient_ratio * max(first, self._clip_norm), "gradient norm"
+            )
         if "rollout/cut_fraction" not in seen and (first := self._against_first(seen, LENGTH)):
             yield _above("length_inflation", seen[LENGTH], s.inflation_ratio * first, "tokens per rollout")
             yield _below("length_collapse", seen[LENGTH], s.collapse_ratio * first, "tokens per rollout")

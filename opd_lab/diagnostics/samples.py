@@ -10,7 +10,16 @@ from torch import Tensor
 
 from opd_lab.diagnostics.high_loss import Decode
 from opd_lab.diagnostics.summary import total_weight_BT
-from opd_lab.types import ENTROPY_STUDENT, ENTROPY_TEACHER, LOGP_STUDENT, LOGP_TEACHER, REVERSE_KL, Batch, Source
+from opd_lab.types import (
+    ENTROPY_STUDENT,
+    ENTROPY_TEACHER,
+    LOGP_STUDENT,
+    LOGP_TEACHER,
+    REVERSE_KL,
+    Batch,
+    Rollouts,
+    Source,
+)
 
 _SHOWN = {
     "logp_student": LOGP_STUDENT,
@@ -34,26 +43,31 @@ def sample(
         arrays["weight"] = total_weight_BT(weights)
     if losses:
         arrays["loss"] = _weighted_BT(weights, losses)
-    out = []
-    for b in rollouts.uid_B.argsort()[:rows].tolist():
-        there_T, attended_P = there_BT[b], rollouts.attention_BL[b, : rollouts.prompt_columns]
-        ids = rollouts.response_BT[b][there_T].tolist()
-        out.append(
-            {
-                "step": batch.step,
-                "uid": int(rollouts.uid_B[b]),
-                "group": int(rollouts.group_B[b]),
-                "reward": float(rollouts.reward_B[b]),
-                "stopped": bool(rollouts.stopped_B[b]),
-                "prompt": decode(rollouts.ids_BL[b, : rollouts.prompt_columns][attended_P].tolist()),
-                "text": decode(ids),
-                "ids": ids,
-                "tokens": [decode([i]) for i in ids],
-                "source": [Source(s).name.lower() for s in rollouts.source_BT[b][there_T].tolist()],
-                **{name: value_BT[b][there_T].tolist() for name, value_BT in arrays.items()},
-            }
-        )
-    return out
+    return [
+        {
+            "step": batch.step,
+            "reward": float(rollouts.reward_B[b]),
+            **tokens_of(rollouts, b, decode),
+            "source": [Source(s).name.lower() for s in rollouts.source_BT[b][there_BT[b]].tolist()],
+            **{name: value_BT[b][there_BT[b]].tolist() for name, value_BT in arrays.items()},
+        }
+        for b in rollouts.uid_B.argsort()[:rows].tolist()
+    ]
+
+
+def tokens_of(rollouts: Rollouts, b: int, decode: Decode) -> dict[str, Any]:
+    """One rollout, to be read: who it is, its prompt, its response as text and token by token."""
+    there_T, attended_P = rollouts.source_BT[b] != Source.PADDING, rollouts.attention_BL[b, : rollouts.prompt_columns]
+    ids = rollouts.response_BT[b][there_T].tolist()
+    return {
+        "uid": int(rollouts.uid_B[b]),
+        "group": int(rollouts.group_B[b]),
+        "stopped": bool(rollouts.stopped_B[b]),
+        "prompt": decode(rollouts.ids_BL[b, : rollouts.prompt_columns][attended_P].tolist()),
+        "text": decode(ids),
+        "ids": ids,
+        "tokens": [decode([i]) for i in ids],
+    }
 
 
 def _weighted_BT(weights: Mapping[str, Tensor], losses: Mapping[str, Tensor]) -> Tensor:

@@ -45,7 +45,7 @@ AT_FIRST = {
 
 
 def alarms() -> Alarms:
-    return Alarms(SETTINGS, "eval/validation/avg_at_4")
+    return Alarms(SETTINGS, "eval/validation/avg_at_4", clip_norm=0.5)
 
 
 def feed(watching: Alarms, *steps: dict[str, float], begin: int = 0) -> list[Alarm]:
@@ -123,6 +123,9 @@ def test_the_first_steps_are_the_measure_even_where_they_are_unlike() -> None:
     high = HEALTHY | {"optim/gradient_norm": 19.0}
     assert feed(alarms(), *noisy, high, high) == []
     assert len(feed(alarms(), *noisy, *[HEALTHY | {"optim/gradient_norm": 21.0}] * 2)) == 1
+    small, larger, large = ({"optim/gradient_norm": value} for value in (0.001, 4.9, 5.1))
+    assert feed(alarms(), *[small] * 3, *[larger] * 4) == []  # nothing explodes below ten times the clipping norm
+    assert len(feed(alarms(), *[small] * 3, *[large] * 4)) == 1
 
 
 def test_restored_from_a_checkpoint_it_goes_on_exactly() -> None:
@@ -156,6 +159,7 @@ def test_a_learning_rate_far_too_high_on_the_lab(tmp_path: Path) -> None:
     assert {alarm for _, alarm in raised} == {name.removeprefix("alarm/") for name in tags if name.startswith("alarm/")}
 
 
+@pytest.mark.slow
 def test_a_teacher_worse_than_its_student_on_the_lab(tmp_path: Path) -> None:
     swapped = ["model.student.path=lab:teacher", "model.teacher.path=lab:student", "optim.lr=1e-3"]
     folder = run(tmp_path, *LATER, *swapped, "evaluate.problems=24").folder

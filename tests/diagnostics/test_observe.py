@@ -19,6 +19,10 @@ SETTINGS = DiagnosticsSettings(
     high_loss_window=5,
     high_loss_rows=3,
     sample_rollouts=2,
+    probe_rollouts=0,
+    probe_shown=0,
+    estimator_rollouts=0,
+    estimator_topk=4,
     on_alarm="warn",
     alarms=ALARMS,
 )
