@@ -79,7 +79,7 @@ def save(
     writing = folder / (WRITING + final.name)
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
-    save_file({name: _on_cpu(value) for name, value in _weights(student).items()}, writing / STUDENT)
+    save_file({name: _on_cpu(value) for name, value in weights(student).items()}, writing / STUDENT)
     save_file(tensors, writing / TENSORS)
     (writing / TREE).write_text(json.dumps(tree))
     digests = {name: _digest(writing / name) for name in (STUDENT, TENSORS, TREE)}
@@ -152,15 +152,15 @@ def restore(
 @torch.no_grad()
 def restore_student(loaded: Loaded, student: Student) -> None:
     """Put the student's weights back in place."""
-    saved, weights = load_file(loaded.path / STUDENT), _weights(student)
-    shapes = {name: (tuple(value.shape), value.dtype) for name, value in weights.items()}
+    saved, own = load_file(loaded.path / STUDENT), weights(student)
+    shapes = {name: (tuple(value.shape), value.dtype) for name, value in own.items()}
     if shapes != {name: (tuple(value.shape), value.dtype) for name, value in saved.items()}:
-        different = sorted(saved.keys() ^ weights.keys()) or [n for n in saved if saved[n].shape != weights[n].shape]
+        different = sorted(saved.keys() ^ own.keys()) or [n for n in saved if saved[n].shape != own[n].shape]
         raise ValueError(
             f"checkpoint {loaded.path} is of another student: it differs in {different[:3] or 'dtype'}; "
             "resume with the model config of the first run, or set checkpoint.resume=never"
         )
-    for name, value in weights.items():
+    for name, value in own.items():
         value.copy_(saved[name])
 
 
@@ -176,7 +176,7 @@ def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
             shutil.rmtree(path)
 
 
-def _weights(student: Student) -> dict[str, Tensor]:
+def weights(student: Student) -> dict[str, Tensor]:
     """What training changes; a tied parameter comes once."""
     module = student.module
     persistent = module.state_dict().keys()

@@ -3,6 +3,7 @@
 opd-lab run [key=value ...]            one run
 opd-lab sweep NAME [key=value ...]     the runs of sweeps/NAME.yaml, then their table and report
 opd-lab evaluate RUN [...]             a run's student on held-out problems
+opd-lab analyze QUESTION RUN [...]     one question about a finished run; --help lists them
 opd-lab report FOLDER                  the table and the report of the runs in a folder
 opd-lab doctor [key=value ...]         does everything work here, before any budget is spent?
 opd-lab make-lab-models [DIR]          the recipe of the embedded lab's models
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opd_lab import config
+from opd_lab.analyze import commands as questions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,9 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = commands.add_parser("report", help="the table and the report of the runs in a folder")
     report.add_argument("folder", type=Path)
     report.add_argument("--rebuild", metavar="URI", help="first log the runs again into this MLflow store")
-    analyze = commands.add_parser("analyze", help="a picture that answers one question about finished runs")
-    analyze.add_argument("figure", choices=("kl-map", "support"))
-    analyze.add_argument("folder", type=Path, help="a run folder; for support, a folder of runs")
+    questions.declare(commands.add_parser("analyze", help="a question about a finished run"))
     sync = commands.add_parser("sync", help="deliver what a store missed while it was away")
     sync.add_argument("run", type=Path, help="a run folder")
     recipe = commands.add_parser("make-lab-models", help="the recipe of the embedded lab's models")
@@ -98,19 +98,6 @@ def _report(given: argparse.Namespace) -> int:
     return 0
 
 
-def _analyze(given: argparse.Namespace) -> int:
-    from opd_lab.analyze.figures import AXES, draw, labels, support_points
-
-    path = draw(given.figure, given.folder)
-    if given.figure == "support":
-        names = labels(given.folder)
-        print(f"{'':32}{'  '.join(AXES)}")
-        for run, point in support_points(given.folder).items():
-            print(f"{names[run]:32}" + "  ".join(f"{value:.3f}" for value in point))
-    print(path)
-    return 0
-
-
 def _sync(given: argparse.Namespace) -> int:
     from opd_lab.results import deliver
 
@@ -131,7 +118,7 @@ _COMMANDS = {
     "doctor": _doctor,
     "evaluate": _evaluate,
     "report": _report,
-    "analyze": _analyze,
+    "analyze": questions.answer,
     "sync": _sync,
     "make-lab-models": _make_lab_models,
 }

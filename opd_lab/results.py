@@ -103,7 +103,7 @@ def score(folder: Path, which: str, split: str, problems: int, samples: int) -> 
     """Evaluate the student a run left: its final one, its best checkpoint, or that of a step."""
     settings = settings_in(folder)
     parts = load_parts(settings, print)
-    loaded = _checkpoint(folder / "checkpoints", which)
+    loaded = named_checkpoint(folder / "checkpoints", which)
     checkpoint.restore_student(loaded, parts.student)
     e, o = settings.evaluate, settings.optim
     found = evaluate(
@@ -122,7 +122,7 @@ def score(folder: Path, which: str, split: str, problems: int, samples: int) -> 
     return found.scalars(f"eval/{split}")
 
 
-def _checkpoint(folder: Path, which: str) -> checkpoint.Loaded:
+def named_checkpoint(folder: Path, which: str) -> checkpoint.Loaded:
     """`final`, `best` (by validation accuracy), or the step of a checkpoint."""
     newest = checkpoint.latest(folder)
     if newest is None:

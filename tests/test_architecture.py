@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "opd_lab"
 LAYERS = [
     *("bins", "types", "settings", "divergence", "methods", "chunk", "signals", "models", "pairing", "data", "rollout"),
     *("asking", "step", "teacher", "diagnostics", "tracking", "compare", "evaluate", "checkpoint", "optimize", "parts"),
-    *("train", "preparation", "doctor", "config", "catalogue", "analyze", "mistakes", "progress", "lab_models", "run"),
-    *("results", "sweep", "__main__", "cli"),
+    *("train", "preparation", "doctor", "config", "catalogue", "mistakes", "progress", "lab_models", "run"),
+    *("results", "analyze", "sweep", "__main__", "cli"),
 ]
 BARE = ("types", "divergence", "methods", "chunk", "signals", "models", "rollout", "teacher", "step", "train")
 HARD_LIMIT, MEDIAN_LIMIT = 400, 150  # lines

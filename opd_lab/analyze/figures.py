@@ -46,10 +46,10 @@ def kl_map(folder: Path) -> Figure:
     from matplotlib.colors import LogNorm
 
     found = stretches(folder)
-    figure, panels = _panels(len(found), f"KL(student || teacher) of each token, nats: {folder.name}")
+    figure, axes = panels(len(found), f"KL(student || teacher) of each token, nats: {folder.name}")
     widest = max(len(row) for rows in found.values() for row in rows)
     image: Any = None
-    for panel, (name, rows) in zip(panels, found.items()):
+    for panel, (name, rows) in zip(axes, found.items()):
         kl_RT = np.full((len(rows), widest), np.nan)
         for r, row in enumerate(sorted(rows, key=len)):
             kl_RT[r, : len(row)] = row
@@ -58,7 +58,7 @@ def kl_map(folder: Path) -> Figure:
         panel.set(
             title=f"{name}: {len(rows)} rollouts", xlabel="response position, tokens", ylabel="rollouts by length"
         )
-    figure.colorbar(image, ax=panels, label="nats")
+    figure.colorbar(image, ax=axes, label="nats")
     return figure
 
 
@@ -81,7 +81,7 @@ def support_points(folder: Path) -> dict[str, tuple[float, float, float]]:
 def support(folder: Path) -> Figure:
     """A point per run, named by the settings of its method in which the runs differ."""
     points, names = support_points(folder), labels(folder)
-    figure, (panel,) = _panels(1, "Does the teacher's support still tell right from wrong rollouts?")
+    figure, (panel,) = panels(1, "Does the teacher's support still tell right from wrong rollouts?")
     x, y, reward = zip(*points.values())
     dots = panel.scatter(x, y, c=reward, cmap="viridis")
     for run, (at, height, _) in points.items():
@@ -101,7 +101,8 @@ def labels(folder: Path) -> dict[str, str]:
     return {str(row["run"]): text or str(row["run"]) for row, text in zip(rows, shown)}
 
 
-def _panels(number: int, title: str) -> tuple[Figure, list[Any]]:
+def panels(number: int, title: str) -> tuple[Figure, list[Any]]:
+    """A figure of so many panels side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -70,7 +70,11 @@ def context_consistency(context_OD: Tensor, frequency: int, *, gamma: float = 0.
     """CCR of (B) for one type: the share of its `frequency` occurrences that are in O_PH with a context like that of
     at least `eta` of the others there, like being a cosine >= gamma. `context_OD` has a row for each in O_PH."""
     unit_OD = torch.nn.functional.normalize(context_OD, dim=1)
-    alike_OO = (unit_OD @ unit_OD.T).clamp(-1, 1) >= gamma
+    return consistency((unit_OD @ unit_OD.T).clamp(-1, 1) >= gamma, frequency, eta)
+
+
+def consistency(alike_OO: Tensor, frequency: int, eta: float) -> float:
+    """How many of the occurrences are like at least `eta` of the others, over `frequency`."""
     others = len(alike_OO) - 1
     rho_O = (alike_OO.sum(1) - alike_OO.diagonal().long()).double() / max(others, 1)
     return (rho_O >= eta).sum().item() / frequency

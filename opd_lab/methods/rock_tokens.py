@@ -99,7 +99,7 @@ class RockTokens(Method):
         if outside or not self.token_ids:
             raise ValueError(
                 f"method.token_ids must name at least one id in [0, {facts.vocabulary}), got {outside}; "
-                "run 'opd-lab analyze rock select --run RUN' and use the method.yaml it writes"
+                "run 'opd-lab analyze rock corpus RUN', then 'rock select RUN', and use the method it writes"
             )
         if self.tokenizer_digest != facts.tokenizer:
             raise ValueError(

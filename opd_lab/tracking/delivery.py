@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,12 @@ def drain(spool: Path, tracker: Tracker) -> None:
             rest = spool.with_suffix(".rest")
             rest.write_text("".join(lines[done:]))
             rest.replace(spool)
+
+
+def keep(run: Path, tracker: str, calls: Sequence[Call]) -> None:
+    """Leave calls in a run folder for `opd-lab sync`."""
+    with (run / f"undelivered.{tracker}.jsonl").open("a") as file:
+        file.writelines(map(_encode, calls))
 
 
 def _encode(call: Call) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LONGEST = {"key": 250, "param": 6000, "tag": 8000, "digest": 36}  # characters that MLflow takes
 IDENTITY = "mlflow.json"  # in the run folder: which MLflow run it is
+ANALYSIS = "analysis"  # in the run folder: what was asked of the run after it had finished
 
 
 def key(name: str) -> str:
@@ -183,6 +184,8 @@ class MLflow:
         for path in sorted(self._run_folder.iterdir()):
             if path.suffix in (".parquet", ".txt", ".diff", ".yaml", ".html"):
                 self.artifact(path)
+        if (self._run_folder / ANALYSIS).is_dir():
+            self._client.log_artifacts(self.run_id, str(self._run_folder / ANALYSIS), ANALYSIS)
         self._client.set_terminated(self.run_id, status)
 
 

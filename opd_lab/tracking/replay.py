@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +11,11 @@ from pathlib import Path
 import torch
 
 from opd_lab.tracking import read
-from opd_lab.tracking.delivery import drain
+from opd_lab.tracking.delivery import drain, keep
 from opd_lab.tracking.tracker import STATUSES, Tracker
 from opd_lab.types import Histogram, Report
+
+log = logging.getLogger("opd_lab.tracking")
 
 
 def sync(folder: Path, tracker: Tracker) -> bool:
@@ -31,6 +35,24 @@ def rebuild(folder: Path, tracker: Tracker) -> None:
     for report in reports(folder):
         tracker.log(report)
     _close(folder, tracker)
+
+
+def attach(folder: Path, under: str) -> bool:
+    """Log the files below `folder/under` as artifacts of the run's MLflow run, which else stays as it was; False where
+    the run has no store. A store that is away gets them from `opd-lab sync`."""
+    from opd_lab.tracking.mlflow import IDENTITY, MLflow, open_store
+
+    if not (folder / IDENTITY).is_file():
+        return False
+    folder, known = folder.absolute(), json.loads((folder / IDENTITY).read_text())
+    try:
+        store = open_store(known["uri"], folder.parents[1], read.status(folder)["experiment"])
+        store.client.log_artifacts(known["run_id"], str(folder / under), under)
+    except Exception as error:
+        files = sorted(path for path in (folder / under).rglob("*") if path.is_file())
+        keep(folder, MLflow.name, [("artifact", str(path), str(path.parent.relative_to(folder))) for path in files])
+        log.warning("%s is away, `opd-lab sync` delivers %s later: %r", known["uri"], under, error)
+    return True
 
 
 def reports(folder: Path) -> Iterator[Report]:

@@ -215,7 +215,7 @@ def test_ids_outside_the_vocabulary_are_refused(token_ids: tuple[int, ...], got:
         rocks(token_ids=token_ids, tokenizer_digest=FACTS.tokenizer).check(FACTS)
     assert str(refused.value) == (
         f"method.token_ids must name at least one id in [0, 151936), got {got}; "
-        "run 'opd-lab analyze rock select --run RUN' and use the method.yaml it writes"
+        "run 'opd-lab analyze rock corpus RUN', then 'rock select RUN', and use the method it writes"
     )
 
 

@@ -1,0 +1,1 @@
+"""Rock tokens (arXiv 2605.09253) of any finished run: a corpus once, then questions to it."""
