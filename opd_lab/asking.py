@@ -40,6 +40,7 @@ class Asking:
         for name, count in (
             ("teacher_queries_count", len(rollouts)),
             ("teacher_prefix_tokens", prompts + int(cuts_B.sum())),
+            ("teacher_cached_tokens", sum(written.cached for written in found)),
             ("teacher_generated_tokens", sum(written.tokens for written in found)),
         ):
             self.cost[name] = self.cost.get(name, 0) + count

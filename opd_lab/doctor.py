@@ -80,7 +80,7 @@ class Other:
 
     def continue_(self, rollouts: Rollouts, cuts_B: torch.Tensor, **how: Any) -> list[Continued]:
         found = self._like.continue_(rollouts, cuts_B, **how)
-        return [Continued([text[::-1] for text in written.texts], written.tokens) for written in found]
+        return [written._replace(texts=[text[::-1] for text in written.texts]) for written in found]
 
     def view(self, rollouts: Rollouts, signals: frozenset[Signal]) -> TeacherView:
         seen = self._like.view(rollouts, signals)

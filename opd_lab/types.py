@@ -47,7 +47,8 @@ class Rollouts:
     group_B: Tensor  # int64, rollouts of one prompt share it
     reward_B: Tensor  # 1 correct, 0 wrong, NaN without a grader
     # What a behavior leaves beside, shape B or BT: the columns of its `mix`; `stop_score`, what its stop rule saw, on
-    # cut tokens too; `generated`, tokens sampled, cut ones included; `teacher_decoded`, tokens the teacher looked at.
+    # cut tokens too; `generated`, tokens sampled, cut ones included; `teacher_decoded`, tokens the teacher looked at;
+    # `shared`, prompt tokens that were not read again, because another row of the batch begins with them.
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property

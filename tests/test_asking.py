@@ -26,10 +26,12 @@ def test_text_must_be_declared() -> None:
 def test_what_is_asked_is_added_up() -> None:
     ask, some = asking(), rollouts([[3, 4, 5], [7]], [[8, 9, 1], [9, 10]], extra=2)
     written = ask.continue_(some, torch.tensor([2, 0]), **HOW)
-    expected = {"teacher_queries_count": 2, "teacher_prefix_tokens": 3 + 2 + 1 + 0}
+    expected = {"teacher_queries_count": 2, "teacher_prefix_tokens": 3 + 2 + 1 + 0, "teacher_cached_tokens": 0}
     assert ask.cost == expected | {"teacher_generated_tokens": sum(w.tokens for w in written)}
     ask.continue_(some, torch.tensor([0, 1]), **HOW)
     assert ask.cost["teacher_queries_count"] == 4 and ask.cost["teacher_prefix_tokens"] == 6 + 5
+    ask.continue_(some.rows(torch.tensor([0, 0])), torch.tensor([1, 3]), **HOW)
+    assert ask.cost["teacher_cached_tokens"] == 4, "the longer prefix, of 6, holds the shorter"
 
 
 def test_a_stretch_of_the_response_as_text() -> None:

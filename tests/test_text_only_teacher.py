@@ -45,6 +45,7 @@ def test_a_whole_run_on_texts_alone(tmp_path, monkeypatch):
     last = metrics[metrics["step"] == 2].set_index("name")["value"]
     assert last["cost/teacher_scored_tokens"] == 0
     assert 0 < last["omniopd/match_mean_fraction"] < 1
+    assert 0 < last["cost/teacher_cached_tokens"] < last["cost/teacher_prefix_tokens"]
     assert last["cost/teacher_generated_tokens"] <= 16 * last["cost/teacher_queries_count"]
     table = read_table(folder, "consulted").to_pylist()
     assert table and all(len(row["texts"]) == len(row["phi"]) == 4 for row in table)

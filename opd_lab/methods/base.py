@@ -45,6 +45,7 @@ class Continued(NamedTuple):
 
     texts: list[str]  # without special tokens
     tokens: int  # written for all of them, their ends included
+    cached: int = 0  # tokens of the prefix that were not read for it, but for another question
 
 
 class Writer(Protocol):

@@ -26,7 +26,8 @@ Unknown: how the paper's teacher is sampled, learning rate, batch, rollout tempe
 
 Metrics, all omniopd/: audit_loss_mean_nats, reference_kl_mean_nats (other tokens), reference_kl_audited_mean_nats,
 {audited,unaudited_rollouts,match_mean,zero_match,interior,distinct,prior_share,pi_bar_mean,pi_hat_mean}_fraction,
-chunks_mean_count, effort_ratio (tokens the teacher wrote and a tenth of those it read, per response token); histograms
+chunks_mean_count, effort_ratio (tokens the teacher wrote and a tenth of its prefixes', cached or not, per response
+token; cost/teacher_cached_tokens says how many of them a longer prefix had brought along); histograms
 match_fraction, pi_bar_fraction, pi_hat_fraction, start_tokens, entropy_at_peaks_nats. And
 entropy/student_at_peaks_mean_nats. Table `consulted`: every chunk with its continuations. distinct_fraction 1/N says
 that the teacher is not sampling. Watch entropy, length and repetition: audited tokens sharpen onto favourites.

@@ -20,6 +20,7 @@ class Responses:
         self.stopped_B = torch.zeros(rows, dtype=torch.bool, device=lm.device)
         self.generated_B = torch.zeros(rows, dtype=torch.long, device=lm.device)
         self.kept_B = torch.full((rows,), ENDLESS, dtype=torch.long, device=lm.device)
+        self.shared_B = torch.zeros(rows, dtype=torch.long, device=lm.device)
         self.extra: dict[str, Tensor] = {}
 
     def _full(self, value: float, dtype: torch.dtype) -> Tensor:
@@ -82,5 +83,7 @@ class Responses:
             uid_B=uid_B.to(device),
             group_B=group_B.to(device),
             reward_B=torch.full((len(prompts),), torch.nan, device=device),
-            extra={name: value_BT[:, :width] for name, value_BT in self.extra.items()} | per_row,
+            extra={name: value_BT[:, :width] for name, value_BT in self.extra.items()}
+            | {"shared": self.shared_B}
+            | per_row,
         )

@@ -7,6 +7,7 @@ what is filled. Sliding-window layers keep all columns; the model's own mask hid
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -45,6 +46,17 @@ class PreallocatedLayer(CacheLayerMixin):
             new[:, :, : self.filled] = old[rows_R, :, : self.filled]
             setattr(self, name, new)
 
+    def branch(self, row_R: Tensor, behind_R: Tensor, columns: int) -> PreallocatedLayer:
+        """A layer of `columns` columns whose row r holds what row `row_R[r]` holds here, without its last `behind_R[r]`
+        columns, flush right."""
+        width = self.filled - int(behind_R.min())
+        column_RP = torch.arange(width, device=behind_R.device) + (self.filled - width - behind_R)[:, None]
+        at = row_R[:, None], column_RP.clamp(min=0)  # in front of a row is padding, whatever stands there
+        new = PreallocatedLayer(columns)
+        assert self.keys is not None and self.values is not None
+        new.update(*(old.transpose(1, 2)[at].transpose(1, 2) for old in (self.keys, self.values)))
+        return new
+
     def get_seq_length(self) -> int:
         return self.filled
 
@@ -64,10 +76,17 @@ class PreallocatedCache(Cache):
         super().__init__(layers=[PreallocatedLayer(columns) for _ in range(layers)])
 
     def keep(self, rows_R: Tensor) -> None:
-        for layer in self.layers:
-            assert isinstance(layer, PreallocatedLayer)
-            if layer.is_initialized:
-                layer.keep(rows_R)
+        for layer in self._used():
+            layer.keep(rows_R)
+
+    def branch(self, row_R: Tensor, behind_R: Tensor, columns: int) -> PreallocatedCache:
+        """A cache in which row r begins as row `row_R[r]` does here, `behind_R[r]` columns shorter."""
+        new = PreallocatedCache(0, columns)
+        new.layers = [layer.branch(row_R, behind_R, columns) for layer in self._used()]
+        return new
+
+    def _used(self) -> list[PreallocatedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, PreallocatedLayer) and layer.is_initialized]
 
 
 def attention_layers(config: object) -> int:

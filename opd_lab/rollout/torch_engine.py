@@ -1,8 +1,9 @@
 """The engine that decodes with plain torch: exact log-probs, entropies for free, and rows that stop costing.
 
-Prompts are decoded in batches of similar length over a preallocated cache, only the last position is projected, and
-rows that have finished leave the batch. All uniforms are drawn first, one per row and token, and a token is the inverse
-of the distribution function at its uniform: so how rows are batched, sorted or dropped never changes what a row draws.
+Prompts are decoded in batches of similar length over a preallocated cache, what several begin with is read once for
+all of them, only the last position is projected, and rows that have finished leave the batch. All uniforms are drawn
+first, one per row and token, and a token is the inverse of the distribution function at its uniform: so how rows are
+batched, sorted or dropped never changes what a row draws.
 
 Where the behavior asks for it, the teacher reads the same tokens beside the student, for as long as some row of the
 batch needs it: it writes the first tokens, is blended with the student, or feeds a stop rule. Log-probs and entropies
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from opd_lab.methods.coins import uniform
 from opd_lab.models import LM, evaluating
-from opd_lab.rollout.reader import Reader, left_padded
+from opd_lab.rollout.reader import Reader, owners
 from opd_lab.rollout.responses import Responses
 from opd_lab.types import CAPABILITIES, Behavior, PerRollout, Rollouts, Source
 
@@ -75,11 +76,11 @@ class TorchEngine:
         plan = _plan(behavior, self.seed, uid_B, group_B, self.max_tokens, student.device)
         drawn = _uniforms(behavior, self.seed, uniform_BT, prompts, group_B)
         drawn = _Uniforms(*(value_BT.to(student.device) for value_BT in drawn))
-        needed_B = (plan.teacher_until_B > 0).tolist()
+        needed_B, owner_B = (plan.teacher_until_B > 0).tolist(), owners(prompts)
         with evaluating(student.module), evaluating((teacher or student).module):
             for helped in (False, True):  # rows that need no teacher do not pay for one
                 order = [b for b in range(len(prompts)) if needed_B[b] == helped]
-                order.sort(key=lambda b: len(prompts[b]), reverse=True)
+                order.sort(key=lambda b: (-len(prompts[owner_B[b]]), owner_B[b], -len(prompts[b])))
                 for begin in range(0, len(order), self.decode_rows):
                     rows = order[begin : begin + self.decode_rows]
                     row_R = torch.tensor(rows, device=student.device)
@@ -168,18 +169,19 @@ def _decode(
 ) -> None:
     """Decode one batch; row r of it is row `row_R[r]` of the output."""
     limit, until = int(plan.limit_B[row_R].max()), int(plan.teacher_until_B[row_R].max())
-    ids_RL, attention_RP = left_padded(prompts, student.pad_id, student.device)
-    own = Reader(student, attention_RP, limit)
-    other = None if teacher is None else Reader(teacher, attention_RP, min(limit, until))
+    own = Reader(student, prompts, limit)
+    other = None if teacher is None else Reader(teacher, prompts, min(limit, until))
+    out.shared_B[row_R] = torch.tensor(own.shared_R, device=student.device)
+    ids_R1 = None
     stop_S = torch.tensor(sorted(student.stop_ids), dtype=torch.long, device=student.device)
     running_R = torch.ones_like(row_R, dtype=torch.bool)
     score_RT = torch.zeros((len(row_R), limit if behavior.stop else 0), device=student.device)
     for t in range(limit):
         other = other if t < until else None  # its cache is freed
-        logp_RV = own.read(ids_RL).log_softmax(-1)
+        logp_RV = own.read(ids_R1).log_softmax(-1)
         said_RV, source_R, uniform_R, kept_R = logp_RV, None, drawn.own_BT[row_R, t], None
         if other is not None:
-            logq_RV = other.read(ids_RL).log_softmax(-1)
+            logq_RV = other.read(ids_R1).log_softmax(-1)
             if behavior.mix is not None:
                 said_RV, columns = behavior.mix(logp_RV, logq_RV)
                 for name, value_R in columns.items():
@@ -200,13 +202,13 @@ def _decode(
         left = int(running_R.sum())
         if left == 0:
             return
-        ids_RL = ids_R[:, None]
+        ids_R1 = ids_R[:, None]
         if left <= (1 - LEAVE) * len(row_R):
             keep_R = running_R.nonzero()[:, 0]
             for reader in (own, other):
                 if reader is not None:
                     reader.keep(keep_R)
-            ids_RL, row_R, running_R, score_RT = ids_RL[keep_R], row_R[keep_R], running_R[keep_R], score_RT[keep_R]
+            ids_R1, row_R, running_R, score_RT = ids_R1[keep_R], row_R[keep_R], running_R[keep_R], score_RT[keep_R]
             until = int(plan.teacher_until_B[row_R].max())
 
 

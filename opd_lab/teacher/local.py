@@ -45,8 +45,8 @@ class LocalTeacher:
         top_p: float,
         seed: tuple[int, ...],
     ) -> list[Continued]:
-        """All prefixes decoded together. What a rollout draws depends neither on its neighbours nor on what was asked
-        before."""
+        """All prefixes decoded together; what several begin with is read once for those decoded at a time. What a
+        rollout draws depends neither on its neighbours nor on what was asked before."""
         prefixes = _prefixes(rollouts, cuts_B)
         generators = [_generator(*seed, *pair) for pair in zip(rollouts.uid_B.tolist(), cuts_B.tolist(), strict=True)]
         uniform_BT = torch.cat(
@@ -61,9 +61,10 @@ class LocalTeacher:
             uid_B=rollouts.uid_B.repeat_interleave(samples),
             uniform_BT=uniform_BT,
         )
-        texts, tokens = self.lm.texts(answers), answers.length_B.tolist()
-        parts = [slice(begin, begin + samples) for begin in range(0, len(texts), samples)]
-        return [Continued(texts[part], sum(tokens[part])) for part in parts]
+        texts = self.lm.texts(answers)
+        tokens_CN, shared_CN = (x_B.reshape(-1, samples) for x_B in (answers.length_B, answers.extra["shared"]))
+        counts = zip(tokens_CN.sum(1).tolist(), shared_CN.amin(1).tolist(), strict=True)
+        return [Continued(texts[c * samples : (c + 1) * samples], *count) for c, count in enumerate(counts)]
 
 
 def _prefixes(rollouts: Rollouts, cuts_B: Tensor) -> list[list[int]]:

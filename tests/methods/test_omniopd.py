@@ -344,7 +344,12 @@ def test_metrics_by_hand() -> None:
         near(metrics[f"omniopd/{name}"], value)
     near(metrics["entropy/student_at_peaks_mean_nats"], (1.150359127 + 0.996224163) / 2)
     near(metrics["omniopd/start_tokens"], 1, 4)
-    assert batch.cost == {"teacher_queries_count": 2, "teacher_prefix_tokens": 9, "teacher_generated_tokens": 56}
+    assert batch.cost == {
+        "teacher_queries_count": 2,
+        "teacher_prefix_tokens": 9,
+        "teacher_cached_tokens": 0,
+        "teacher_generated_tokens": 56,
+    }
     first = batch.shown[0]
     assert first["uid"] == 0 and first["start"] == 1 and first["chunk"] == CHUNK and first["texts"] == FOUR[0]
     near(torch.tensor(first["phi"]), 1, 1, 0.6, 0, tolerance=1e-6)

@@ -132,3 +132,18 @@ def test_several_cuts_of_one_rollout_and_the_tokens_written() -> None:
         certain.module.lm_head.weight[1] = 0.0  # every id alike: 24 ids, one of them the end
     (written,) = asked(LocalTeacher(certain), some.rows(torch.tensor([0])), torch.tensor([0]), 2000, 1)
     assert written.tokens == 2000, "one token each, the end counts as one"
+
+
+def test_nested_prefixes_are_read_once_and_counted() -> None:
+    """Prefixes of 3, 5 and 6 tokens of row 0, one of 1 token of row 1. Read are the 6 and the 1."""
+    lm, some = make(), rollouts([[3, 4, 5], [7]], [[8, 9, 10], [9, 10, 11]], extra=1)
+    row_C, cut_C = torch.tensor([0, 0, 1, 0]), torch.tensor([0, 2, 0, 3])
+    together = asked(LocalTeacher(lm), some.rows(row_C), cut_C, 4, 6)
+    alone = asked(LocalTeacher(lm, decode_rows=1), some.rows(row_C), cut_C, 4, 6)
+    assert [w.texts for w in together] == [w.texts for w in alone]
+    assert [w.tokens for w in together] == [w.tokens for w in alone]
+    assert [w.cached for w in together] == [3, 5, 0, 0]
+    assert [w.cached for w in alone] == [0, 0, 0, 0]
+    split = asked(LocalTeacher(lm, decode_rows=8), some.rows(row_C), cut_C, 4, 6)
+    assert [w.texts for w in split] == [w.texts for w in alone]
+    assert [w.cached for w in split] == [0, 5, 0, 0], "the batch that decodes the 3 reads them once more"
