@@ -144,7 +144,7 @@ def _loss(pooled: list[Group]) -> str:
 
 def _high_loss(group: Group) -> str:
     """The last table of the first seed."""
-    found = read.high_loss(group.folders[:1])
+    found = read.tokens(group.folders[:1])
     title = f"<h3>{escape(group.label)}</h3>"
     if not len(found):
         return title + "<p>Not logged.</p>"

@@ -9,7 +9,6 @@ which its comparison view pages through; the numbers themselves are in the run f
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import sqlite3
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from opd_lab.tracking.stored import quiet
 from opd_lab.tracking.tracker import RunInfo
 from opd_lab.types import Report
 
@@ -51,18 +51,11 @@ class Store:
 
 def open_store(uri: str | None, folder: Path, experiment: str) -> Store:
     """The store and the experiment, made if need be. Raises ValueError if it cannot be written."""
-    os.environ.update(
-        MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true", MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false"
-    )
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    quiet()
     from filelock import FileLock
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
-
-    for noisy in ("mlflow.store.db.utils", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
 
     folder = folder.resolve()
     uri = f"sqlite:///{folder / 'mlflow.db'}" if uri is None else _absolute(uri)
@@ -121,7 +114,9 @@ class MLflow:
             self._client.update_run(known, status="RUNNING", name=run.name)
         else:
             tags = {"mlflow.parentRunId": run.parent} if run.parent else {}
-            self.run_id = self._client.create_run(store.experiment_id, tags=tags, run_name=run.name).info.run_id
+            started = _ms(run.folder, "started")
+            made = self._client.create_run(store.experiment_id, started, tags, run_name=run.name)
+            self.run_id = made.info.run_id
         run.folder.mkdir(parents=True, exist_ok=True)
         identity.write_text(json.dumps({"uri": store.uri, "run_id": self.run_id}))
         self._describe(run)
@@ -186,7 +181,14 @@ class MLflow:
                 self.artifact(path)
         if (self._run_folder / ANALYSIS).is_dir():
             self._client.log_artifacts(self.run_id, str(self._run_folder / ANALYSIS), ANALYSIS)
-        self._client.set_terminated(self.run_id, status)
+        self._client.set_terminated(self.run_id, status, _ms(self._run_folder, "ended"))
+
+
+def _ms(folder: Path, when: str) -> int | None:
+    """What the run folder says of `started` or `ended`, so that both tell the same; None where there is none."""
+    path = folder / "status.json"
+    at = json.loads(path.read_text())[when] if path.exists() else None
+    return None if at is None else round(1000 * at)
 
 
 def _history(run: RunInfo) -> dict[str, tuple[list[int], list[list[int]]]]:

@@ -1,24 +1,85 @@
-"""The one door back from run folders to tables. Figures, dashboards, comparisons and notebooks read runs here only.
+"""The one door back from runs to tables. Figures, dashboards, comparisons and notebooks read runs here only.
 
-Every function takes run folders, one or several, or a folder that holds run folders at any depth, and reads running
-and crashed runs as well as finished ones. Every row names its run.
+Every function takes `where`: run folders, one or several; a folder that holds run folders at any depth; or
+`Store(uri, experiment)`, an MLflow store. All give the same columns, for running and crashed runs as well as finished
+ones. Every row names its run twice: `run`, its name, and `folder`, which is unique: a path, or `runs:/<id>` in a store.
+Both are categories, as are the names of metrics, for a table of millions of rows would be nothing but names.
+
+A store has scalars, params and tags while a run is going on, and the other tables once it has ended.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_lab.tracking.run_folder import journal_rows, read_table
+from opd_lab.tracking.stored import Store
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from pandas import DataFrame
 
     from opd_lab.tracking.tracker import RunInfo
 
 Runs = str | Path | Sequence[str | Path]
+Where = Runs | Store
+
+
+def runs(where: Where) -> DataFrame:
+    """One row per run: run, folder, experiment, status, started, ended (seconds since 1970), commit, parent, then every
+    tag and param under its own name."""
+    import pandas as pd
+
+    if isinstance(where, Store):
+        return pd.DataFrame([run.row for run in where.runs()])
+    rows = []
+    for folder in folders(where):
+        said = status(folder)
+        head = {"run": said["name"], "folder": str(folder)}
+        head |= {name: said[name] for name in ("experiment", "status", "started", "ended", "commit", "parent")}
+        rows.append(head | said["tags"] | said["params"])
+    return pd.DataFrame(rows)
+
+
+def metrics(where: Where, names: Iterable[str] | None = None) -> DataFrame:
+    """Scalars, timings included: run, folder, step, name, value. `names` None = all of them."""
+    wanted = None if names is None else sorted({names} if isinstance(names, str) else set(names))
+    if isinstance(where, Store):
+        return _frame(where.metrics(wanted, folder_metrics))
+    return _gather(where, lambda folder: folder_metrics(folder, wanted))
+
+
+def histograms(where: Where) -> DataFrame:
+    """step, name, bins, counts (an array; the edges are `opd_lab.bins.edges(bins)`)."""
+    return table(where, "histograms")
+
+
+def tokens(where: Where) -> DataFrame:
+    """The high-loss token types of every report; counted since the run's first step."""
+    return table(where, "high_loss_tokens")
+
+
+def rollouts(where: Where) -> DataFrame:
+    """The sampled rollouts, with their per-token arrays."""
+    return table(where, "rollouts")
+
+
+def evaluations(where: Where) -> DataFrame:
+    """step, set, problem, n, correct: what every evaluation counted per problem."""
+    return table(where, "evaluations")
+
+
+def table(where: Where, name: str) -> DataFrame:
+    """Any table that runs left, by the name of its file; empty where no run has it."""
+    if isinstance(where, Store):
+        return _frame(where.table(name, read_table))
+    return _gather(where, lambda folder: read_table(folder, name))
+
+
+# run folders ------------------------------------------------------------------------------------------------------
 
 
 def folders(where: Runs) -> list[Path]:
@@ -56,88 +117,58 @@ def info(folder: Path, step: int = 0) -> RunInfo:
     )
 
 
-def runs(where: Runs) -> DataFrame:
-    """One row per run: run, folder, status, started, ended, commit, then every param and tag under its own name."""
-    import pandas as pd
-
-    rows = []
-    for folder in folders(where):
-        said = status(folder)
-        head = {"run": said["name"], "folder": str(folder)}
-        head |= {name: said[name] for name in ("experiment", "status", "started", "ended", "commit", "parent")}
-        rows.append(head | said["tags"] | said["params"])
-    return pd.DataFrame(rows)
-
-
-def metrics(where: Runs, names: Collection[str] | None = None) -> DataFrame:
-    """Every scalar: run, folder, step, name, value. Timings included. `names`: only these, which is much faster."""
-    return _gather(where, lambda folder: _metrics(folder, names))
-
-
-def histograms(where: Runs) -> DataFrame:
-    """run, folder, step, name, bins, counts (a list; the edges are `diagnostics.histograms.edges(bins)`)."""
-    return _gather(where, lambda folder: table(folder, "histograms"))
-
-
-def high_loss(where: Runs) -> DataFrame:
-    """The high-loss token types of every report; counted since the run's first step."""
-    return _gather(where, lambda folder: table(folder, "high_loss_tokens"))
-
-
-def rollouts(where: Runs) -> DataFrame:
-    """The sampled rollouts, with their per-token arrays."""
-    return _gather(where, lambda folder: table(folder, "rollouts"))
-
-
-def evaluations(where: Runs) -> DataFrame:
-    """step, set, problem, n, correct: what every evaluation counted per problem."""
-    return _gather(where, lambda folder: table(folder, "evaluations"))
-
-
 def cut_lengths(folder: str | Path, values: int = 100) -> list[int]:
     """Quantiles of the tokens that a run kept of its rollouts, one that was not cut counting with the response limit.
 
     Raises:
         ValueError: the run did not log the lengths of its rollouts.
     """
-    found = table(Path(folder), "rollout_lengths")
-    if found.empty:
+    found = read_table(Path(folder), "rollout_lengths")
+    if found is None:
         raise ValueError(
             f"method.run must be the folder of a run with method=kat or a variant of it, got {folder}, which has no "
             "table rollout_lengths"
         )
     limit = status(Path(folder))["params"]["rollout.max_tokens"]
-    lengths = sorted(k if k < g else limit for k, g in zip(found["kept"].tolist(), found["generated"].tolist()))
+    both = zip(found["kept"].to_pylist(), found["generated"].to_pylist())
+    lengths = sorted(k if k < g else limit for k, g in both)
     return [lengths[int((i + 0.5) / values * len(lengths))] for i in range(values)]
 
 
-def table(folder: Path, name: str) -> DataFrame:
-    """Any table of one run, empty where the run has none."""
-    import pandas as pd
-
-    found = read_table(folder, name)
-    return pd.DataFrame() if found is None else pd.DataFrame(found.to_pylist())
-
-
-def _metrics(folder: Path, names: Collection[str] | None) -> DataFrame:
-    import pandas as pd
-    import pyarrow.parquet as pq
+def folder_metrics(folder: Path, names: Sequence[str] | None = None) -> pa.Table:
+    """step, name, value of one run folder, finished or not."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
 
     if (folder / "metrics.parquet").exists():
-        wanted = None if names is None else [("name", "in", list(names))]
-        files = (folder / f"{name}.parquet" for name in ("metrics", "timing"))
-        return pd.concat([pq.read_table(file, filters=wanted).to_pandas() for file in files], ignore_index=True)
-    rows = (row for row in journal_rows(folder) if names is None or row[1] in names)
-    return pd.DataFrame(rows, columns=["step", "name", "value"])
+        files = (read_table(folder, name, dictionary=("name",)) for name in ("metrics", "timing"))
+        found = pa.concat_tables(file for file in files if file is not None)
+    else:
+        steps, keys, values = zip(*rows) if (rows := list(journal_rows(folder))) else ((), (), ())
+        key = pa.array(keys, pa.string()).dictionary_encode()
+        found = pa.table({"step": pa.array(steps, pa.int64()), "name": key, "value": pa.array(values, pa.float64())})
+    return found if names is None else found.filter(pc.field("name").isin(list(names)))
 
 
-def _gather(where: Runs, one: Any) -> DataFrame:
+def _gather(where: Runs, one: Callable[[Path], pa.Table | None]) -> DataFrame:
+    return _frame((status(folder)["name"], str(folder), one(folder)) for folder in folders(where))
+
+
+def _frame(found: Iterable[tuple[str, str, pa.Table | None]]) -> DataFrame:
+    """The tables of (run, folder, table), one below the other, as pandas."""
+    import numpy as np
     import pandas as pd
+    import pyarrow as pa
 
-    frames: Iterable[DataFrame] = (
-        frame.assign(run=status(folder)["name"], folder=str(folder))
-        for folder in folders(where)
-        if len(frame := one(folder))
-    )
-    frames = list(frames)
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    there = [(run, folder, table) for run, folder, table in found if table is not None and len(table)]
+    if not there:
+        return pd.DataFrame()
+    names, places, tables = zip(*there)
+    whole = pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
+    frame = whole.to_pandas()
+    at_N = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    for place, (column, values) in enumerate((("run", names), ("folder", places))):
+        different = list(dict.fromkeys(values))
+        code_N = np.array([different.index(value) for value in values])[at_N]
+        frame.insert(place, column, pd.Categorical.from_codes(code_N, categories=pd.Index(different, dtype="str")))
+    return frame

@@ -7,11 +7,13 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from opd_lab.tracking import read
 from opd_lab.tracking.delivery import drain, keep
+from opd_lab.tracking.run_folder import read_table
 from opd_lab.tracking.tracker import STATUSES, Tracker
 from opd_lab.types import Histogram, Report
 
@@ -58,16 +60,20 @@ def attach(folder: Path, under: str) -> bool:
 def reports(folder: Path) -> Iterator[Report]:
     """The run's reports, one per step, in order."""
     by_step: dict[int, Report] = {}
-    for row in read.metrics(folder).to_dict("records"):
+    for row in read.folder_metrics(folder).to_pylist():
         by_step.setdefault(row["step"], Report(row["step"])).scalars[row["name"]] = row["value"]
-    for row in read.histograms(folder).to_dict("records"):
+    for row in _rows(folder, "histograms"):
         histogram = Histogram(torch.tensor(row["counts"], dtype=torch.int64), row["bins"])
         by_step.setdefault(row["step"], Report(row["step"])).histograms[row["name"]] = histogram
     for name in ("high_loss_tokens", "rollouts"):
-        for row in read.table(folder, name).to_dict("records"):
-            rows = by_step.setdefault(row["step"], Report(row["step"])).tables.setdefault(name, [])
-            rows.append({str(column): value for column, value in row.items()})
+        for row in _rows(folder, name):
+            by_step.setdefault(row["step"], Report(row["step"])).tables.setdefault(name, []).append(row)
     yield from (by_step[step] for step in sorted(by_step))
+
+
+def _rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    found = read_table(folder, name)
+    return [] if found is None else found.to_pylist()
 
 
 def _close(folder: Path, tracker: Tracker) -> None:

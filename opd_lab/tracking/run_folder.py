@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,6 +30,11 @@ if TYPE_CHECKING:  # readers of run folders do without torch
 def volatile(name: str) -> bool:
     """Whether a metric differs between two runs of one seed."""
     return name.startswith(("time/", "memory/")) or name.endswith("_per_second")
+
+
+def now() -> float:
+    """Seconds since 1970, to the millisecond, as MLflow keeps them."""
+    return round(time.time(), 3)
 
 
 class RunFolder:
@@ -55,7 +60,7 @@ class RunFolder:
             "name": run.name,
             "experiment": run.experiment,
             "status": "RUNNING",
-            "started": before.get("started", time.time()) if run.step else time.time(),
+            "started": before.get("started", now()) if run.step else now(),
             "ended": None,
             "commit": commit(),
             "parent": run.parent,
@@ -95,7 +100,7 @@ class RunFolder:
         for segments in sorted((self._folder / "segments").glob("*/")):
             _write(self._folder / f"{segments.name}.parquet", read_table(self._folder, segments.name))
         shutil.rmtree(self._folder / "segments", ignore_errors=True)
-        self._status |= {"status": status, "ended": time.time()}
+        self._status |= {"status": status, "ended": now()}
         self._save_status()
 
     def _segment(self, name: str, step: int, rows: list[dict[str, Any]]) -> None:
@@ -128,8 +133,9 @@ def journal_rows(folder: Path) -> Iterable[tuple[int, str, float]]:
             yield line["step"], name, value
 
 
-def read_table(folder: Path, name: str) -> Any:
-    """A table of a run, finished or not, as a pyarrow table; None where the run has none."""
+def read_table(folder: Path, name: str, dictionary: Sequence[str] = ()) -> Any:
+    """A table of a run, finished or not, as a pyarrow table; None where the run has none. `dictionary` names columns
+    of texts that are few."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -137,7 +143,8 @@ def read_table(folder: Path, name: str) -> Any:
     paths = [whole] if whole.exists() else sorted((folder / "segments" / name).glob("*.parquet"))
     if not paths:
         return None
-    return pa.concat_tables([pq.read_table(path) for path in paths], promote_options="permissive")
+    read = [pq.ParquetFile(path, read_dictionary=list(dictionary)).read() for path in paths]
+    return pa.concat_tables(read, promote_options="permissive")
 
 
 def _journal(folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,300 @@
+"""Runs out of an MLflow store, in bulk. MLflow has no call for many histories at once, hence two ways beside its own:
+
+- a run that has ended left all its scalars as parquet beside the store; a database is asked whether it has as many;
+- a store that is a database (SQLite, PostgreSQL) is asked in SQL, and only read.
+
+What is left, a run that is still going on behind an MLflow server, costs one call per metric, which is slow.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote, urlparse
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from mlflow import MlflowClient
+    from sqlalchemy import Connection
+
+STEPS = 2**32  # more than a run has
+PAGE = 1000  # runs that a server lists at a time
+
+Named = tuple[str, str, "pa.Table | None"]  # run, folder, rows
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the store: where its files are, and its row of `read.runs`."""
+
+    id: str
+    files: str  # URI
+    row: dict[str, Any]
+
+    def named(self, rows: pa.Table | None) -> Named:
+        return self.row["run"], self.row["folder"], rows
+
+
+@dataclass(frozen=True)
+class Store:
+    """An MLflow store by its tracking URI; `experiment` None = all of them."""
+
+    uri: str
+    experiment: str | None = None
+
+    def runs(self) -> list[Run]:
+        """In the order of their names.
+
+        Raises:
+            ValueError: the store cannot be read, or holds no run of the experiment.
+        """
+        with self._asked() as ask:
+            return ask.runs()
+
+    def metrics(self, names: Sequence[str] | None, of_folder: Callable[..., pa.Table]) -> list[Named]:
+        """step, name, value of every run. `of_folder(folder, names)` reads the files of one that has ended."""
+        with self._asked() as ask, tempfile.TemporaryDirectory() as scratch:
+            runs = ask.runs()
+            if names is not None and isinstance(ask, _Database):
+                return ask.histories(runs, names)
+            sizes, out, rest = ask.sizes(), [], []
+            for run in runs:
+                folder = _files(self.uri, run, ("metrics", "timing"), Path(scratch)) if run.row["ended"] else None
+                found = None if folder is None else of_folder(folder, names)
+                if found is None or sizes.get(run.id, len(found)) != len(found):
+                    rest.append(run)
+                else:
+                    out.append(run.named(found))
+            return [*out, *(ask.histories(rest, names) if rest else [])]
+
+    def table(self, name: str, of_folder: Callable[[Path, str], pa.Table | None]) -> list[Named]:
+        """A table that runs left as parquet, of every run."""
+        with tempfile.TemporaryDirectory() as scratch:
+            places = [(run, _files(self.uri, run, (name,), Path(scratch))) for run in self.runs()]
+            return [run.named(None if folder is None else of_folder(folder, name)) for run, folder in places]
+
+    @contextmanager
+    def _asked(self) -> Iterator[_Database | _Server]:
+        if urlparse(self.uri).scheme in ("http", "https"):
+            yield _Server(self)
+            return
+        from sqlalchemy import create_engine
+        from sqlalchemy.exc import SQLAlchemyError
+
+        engine = (
+            create_engine("sqlite://", creator=_reader(self.uri)) if _is_sqlite(self.uri) else create_engine(self.uri)
+        )
+        try:
+            with engine.connect() as connection:
+                yield _Database(self, connection)
+        except SQLAlchemyError as error:
+            raise _unreadable(self.uri, error) from error
+        finally:
+            engine.dispose()
+
+
+class _Database:
+    """A store's tables."""
+
+    def __init__(self, store: Store, connection: Connection) -> None:
+        self._store, self._connection = store, connection
+
+    def runs(self) -> list[Run]:
+        found = self._ask(
+            "select r.run_uuid as run_id, r.name as run_name, r.status, r.start_time, r.end_time, r.artifact_uri, "
+            "e.name as experiment from runs r join experiments e on e.experiment_id = r.experiment_id "
+            "where r.lifecycle_stage = 'active' "
+            "order by e.name, r.name, r.run_uuid"
+        )
+        mine = [row for row in found if self._store.experiment in (None, row.experiment)]
+        if not mine:
+            raise _empty(self._store, {row.experiment for row in found})
+        params, tags = self._texts("params"), self._texts("tags")
+        return [_run(row, params.get(row.run_id, {}), tags.get(row.run_id, {}), row.experiment) for row in mine]
+
+    def sizes(self) -> dict[str, int]:
+        """How many scalars the store has of each run."""
+        return dict(tuple(row) for row in self._ask("select run_uuid, count(*) from metrics group by run_uuid"))
+
+    def histories(self, runs: Sequence[Run], names: Sequence[str] | None) -> list[Named]:
+        """Metric by metric, in the order of the table's primary key, which holds all that is asked. A row comes as two
+        numbers, the value and one for the run, the step and whether the value is NaN: text would take twice as long.
+        """
+        import numpy as np
+        import pyarrow as pa
+        from sqlalchemy import Boolean, Float, String, case, column, func, select, table, values
+
+        metrics = table("metrics", *map(column, ("key", "value", "step", "run_uuid")), column("is_nan", Boolean))
+        places = [(run.id, 2.0 * STEPS * place) for place, run in enumerate(runs)]
+        listed = values(column("id", String), column("place", Float), name="listed").data(places).cte()
+        known = table("runs", column("run_uuid"))  # SQLite indexes its column; a bare list it would walk at every row
+        mine = select(known.c.run_uuid, listed.c.place).join_from(known, listed, known.c.run_uuid == listed.c.id).cte()
+        code = func.coalesce(mine.c.place, -2.0 * STEPS) + 2 * metrics.c.step + case((metrics.c.is_nan, 1), else_=0)
+        both = metrics.outerjoin(mine, mine.c.run_uuid == metrics.c.run_uuid)
+        keys = names or [key for (key,) in self._ask("select distinct key from latest_metrics order by key")]
+        parts = []
+        for place, key in enumerate(keys):
+            asked = select(code, metrics.c.value).select_from(both).where(metrics.c.key == key)
+            cursor: Any = self._connection.execute(asked).cursor  # its rows as they come, not SQLAlchemy's
+            code_N, value_N = np.fromiter(chain.from_iterable(cursor), dtype=float).reshape(-1, 2).T
+            run_N, rest_N = np.divmod(code_N, 2 * STEPS)
+            value_N = np.where(rest_N % 2, np.nan, value_N)[run_N >= 0]
+            run_N, step_N = run_N[run_N >= 0].astype(np.int32), (rest_N[run_N >= 0] // 2).astype(np.int64)
+            parts.append((run_N, step_N, np.full(len(run_N), place, np.int32), value_N))
+        run_N, step_N, key_N, value_N = map(np.concatenate, zip(*parts))
+        order_N = np.argsort(run_N, kind="stable")
+        name = pa.DictionaryArray.from_arrays(pa.array(key_N[order_N]), pa.array(keys, pa.string()))
+        whole = pa.table({"step": step_N[order_N], "name": name, "value": value_N[order_N]})
+        ends = np.searchsorted(run_N[order_N], np.arange(len(runs) + 1))
+        return [run.named(whole[ends[place] : ends[place + 1]]) for place, run in enumerate(runs)]
+
+    def _texts(self, kind: str) -> dict[str, dict[str, str]]:
+        """The params or tags of every run."""
+        out: dict[str, dict[str, str]] = {}
+        for run, key, value in self._ask(f"select run_uuid, key, value from {kind} order by key"):
+            out.setdefault(run, {})[key] = value
+        return out
+
+    def _ask(self, sql: str) -> Sequence[Any]:
+        from sqlalchemy import text
+
+        return self._connection.execute(text(sql)).fetchall()
+
+
+class _Server:
+    """A store behind HTTP."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._client = store, _client(store.uri)
+
+    def runs(self) -> list[Run]:
+        names = {e.experiment_id: e.name for e in self._client.search_experiments()}
+        mine = [id for id, name in names.items() if self._store.experiment in (None, name)]
+        out: list[Run] = []
+        token = ""
+        while mine and token is not None:
+            page = self._client.search_runs(
+                mine, order_by=["attribute.run_name"], max_results=PAGE, page_token=token or None
+            )
+            out += [_run(run.info, run.data.params, run.data.tags, names[run.info.experiment_id]) for run in page]
+            token = page.token
+        if not out:
+            raise _empty(self._store, set(names.values()))
+        return out
+
+    def sizes(self) -> dict[str, int]:
+        """A server does not say."""
+        return {}
+
+    def histories(self, runs: Sequence[Run], names: Sequence[str] | None) -> list[Named]:
+        import pyarrow as pa
+
+        out = []
+        for run in runs:
+            have = sorted(self._client.get_run(run.id).data.metrics)
+            wanted = have if names is None else [name for name in names if name in have]
+            rows = [m for name in wanted for m in self._client.get_metric_history(run.id, name)]
+            columns = {"step": [m.step for m in rows], "name": [m.key for m in rows], "value": [m.value for m in rows]}
+            found = pa.table(
+                columns, schema=pa.schema({"step": pa.int64(), "name": pa.string(), "value": pa.float64()})
+            )
+            at = found.schema.get_field_index("name")
+            out.append(run.named(found.set_column(at, "name", found["name"].dictionary_encode())))
+        return out
+
+
+def _run(info: Any, params: dict[str, str], tags: dict[str, str], experiment: str) -> Run:
+    """`info` is MLflow's RunInfo, or has its fields. What MLflow keeps as text becomes what it was, ms seconds."""
+    commit = tags.get("mlflow.source.git.commit", "unknown")
+    row = {
+        "run": info.run_name,
+        "folder": f"runs:/{info.run_id}",
+        "experiment": experiment,
+        "status": info.status,
+        "started": info.start_time / 1000,
+        "ended": None if info.end_time is None else info.end_time / 1000,
+        "commit": None if commit == "unknown" else commit,
+        "parent": tags.get("mlflow.parentRunId"),
+    }
+    row |= {key: value for key, value in tags.items() if not key.startswith("mlflow.")}
+    return Run(info.run_id, info.artifact_uri, row | {key: _value(text) for key, text in params.items()})
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _files(uri: str, run: Run, names: Sequence[str], scratch: Path) -> Path | None:
+    """A folder with those of a run's tables that there are; None where the first is missing."""
+    place = urlparse(run.files)
+    if place.scheme in ("", "file"):
+        folder = Path(unquote(place.path))
+        return folder if (folder / f"{names[0]}.parquet").is_file() else None
+    from mlflow.exceptions import MlflowException
+
+    folder, client = scratch / run.id, _client(uri)
+    folder.mkdir()
+    try:
+        there = {file.path for file in client.list_artifacts(run.id)}
+        wanted = [f"{name}.parquet" for name in names if f"{name}.parquet" in there]
+        for file in wanted:
+            client.download_artifacts(run.id, file, str(folder))
+    except MlflowException as error:
+        raise _unreadable(uri, error) from error
+    return folder if f"{names[0]}.parquet" in wanted else None
+
+
+def quiet() -> None:
+    """Before MLflow is imported: no telemetry, no progress bars, no long silence where a server is away."""
+    os.environ.update(
+        MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true", MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false"
+    )
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    for noisy in ("mlflow.store.db.utils", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _client(uri: str) -> MlflowClient:
+    quiet()
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def _is_sqlite(uri: str) -> bool:
+    return uri.startswith("sqlite:///")
+
+
+def _reader(uri: str) -> Callable[[], Any]:
+    """Connections to a SQLite file that cannot write it."""
+    import sqlite3
+
+    path = Path(uri.removeprefix("sqlite:///")).absolute()
+    return lambda: sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)
+
+
+def _unreadable(uri: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"a store must be the URI of an MLflow store that can be read, got {uri}: "
+        f"{type(error).__name__}: {str(error).splitlines()[0]}; start one with `opd-lab run`"
+    )
+
+
+def _empty(store: Store, experiments: set[str]) -> ValueError:
+    return ValueError(
+        f"{store.uri} holds no run"
+        + (f" of the experiment {store.experiment}" if store.experiment else "")
+        + f"; experiments with runs: {', '.join(sorted(experiments)) or 'none'}"
+    )
