@@ -70,7 +70,7 @@ def deliver(run: Path) -> str:
 
 def show_runs(runs: Sequence[Path], folder: Path) -> None:
     """Print the table of some runs, write their report into `folder`, and say how to look further."""
-    from opd_lab.compare.report import write_report
+    from dashboards.report import write_report
     from opd_lab.compare.table import render, table
 
     console = Console()

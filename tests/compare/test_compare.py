@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from rich.console import Console
 from torch import tensor
 
 from opd_lab.compare.guard import same_axis
-from opd_lab.compare.report import write_report
 from opd_lab.compare.table import groups, interval, notes, render, table
 from opd_lab.diagnostics.histograms import count
 from opd_lab.tracking.run_folder import RunFolder
@@ -118,17 +116,6 @@ def test_a_convention_that_only_one_run_states_is_a_difference(tmp_path: Path) -
     runs = [a_run(tmp_path, "opd", 0, [1]), a_run(tmp_path, "kat", 0, [1], beta="0.5")]
     with pytest.raises(ValueError, match=r"beta is the same, got 0\.5 .*, not said"):
         same_axis(runs, "loss/total_value")
-
-
-def test_the_report_is_one_file_that_asks_the_network_for_nothing(tmp_path: Path) -> None:
-    a_run(tmp_path, "opd", 0, [4, 2])
-    a_run(tmp_path, "kat", 0, [4, 2], denominator="rollouts")
-    path = write_report(tmp_path, tmp_path)
-    text = path.read_text()
-    assert not re.findall(r'(?:src|href)="(?!data:|#)', text)
-    assert text.count("data:image/png;base64,") == 2  # one heat map per method
-    assert "Not drawn: loss/total_value" in text
-    assert path.read_text() == write_report(tmp_path, tmp_path).read_text()
 
 
 def test_the_terminal_shows_budget_table_and_notes(tmp_path: Path) -> None:

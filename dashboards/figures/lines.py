@@ -1,0 +1,106 @@
+"""Lines with seed bands: how any scalar develops, in one style per method, several scalars beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import plotly.graph_objects as go
+
+from dashboards.runs import AXES, Curve, Selected, curves
+from dashboards.style import Style, dress, empty, panels, panels_height, short
+from opd_lab.compare.guard import same_axis
+
+MARKERS = 16  # points of a line that get a marker as well
+BAND = "Line: mean over seeds; band: from the lowest to the highest seed."
+
+
+def draw(
+    selected: Selected,
+    question: str,
+    metrics: Mapping[str, str],
+    *,
+    unit: str,
+    missing: str,
+    x: str = "steps",
+    log: bool = False,
+    note: str = "",
+    alike: bool = False,
+) -> go.Figure:
+    """One panel per metric (name -> its title), one line per method; `missing` says how to get what is not
+    there; `alike`: the panels share their vertical axis."""
+    try:
+        for name in metrics:
+            same_axis(selected.folders, name)
+    except ValueError as refusal:
+        return empty(question, f"Not drawn: {refusal}.")
+    found = {name: drawn for name in metrics if (drawn := curves(selected, name, x))}
+    if not found:
+        return empty(question, missing)
+    if all(line.points["x"].isna().all() for lines in found.values() for line in lines):
+        return empty(question, f"No run says its {x}; choose another axis. FLOPs need the tags *_parameters.")
+    titles = [metrics[name] for name in found]
+    figure, places = panels(titles if len(titles) > 1 else [""], alike=alike)
+    shown: set[str] = set()
+    traces: list[go.Scatter] = []
+    at: list[tuple[int, int]] = []
+    for (row, column), lines in zip(places, found.values()):
+        for line in lines:
+            traces += (made := _line(line, selected.styles[line.label], unit, legend=line.label not in shown))
+            at += [(row, column)] * len(made)
+            shown.add(line.label)
+        figure.update_xaxes(title_text=AXES[x].title, row=row, col=column)
+        if column == 1:
+            figure.update_yaxes(title_text=unit, row=row, col=column)
+    figure.add_traces(traces, [row for row, _ in at], [column for _, column in at])
+    if log:
+        figure.update_yaxes(type="log", exponentformat="power", dtick=1)
+    every = max(line.every for lines in found.values() for line in lines)
+    said = [note, BAND if any(line.seeds > 1 for lines in found.values() for line in lines) else ""]
+    said.append(f"Every {every}th step is drawn." if every > 1 else "")
+    figure.update_layout(legend={"groupclick": "togglegroup"})
+    height = 400 if len(titles) == 1 else panels_height(titles)
+    return dress(figure, question, alt=_alt(found, metrics, unit), note=" ".join(filter(None, said)), height=height)
+
+
+def _line(line: Curve, style: Style, unit: str, *, legend: bool) -> list[go.Scatter]:
+    points = line.points
+    markers = list(range(0, len(points), max(len(points) // MARKERS, 1)))
+    size = [7 if i in set(markers) else 0 for i in range(len(points))]
+    traces = []
+    if line.seeds > 1:
+        traces.append(
+            go.Scatter(
+                x=[*points["x"], *points["x"][::-1]],
+                y=[*points["high"], *points["low"][::-1]],
+                fill="toself",
+                fillcolor=style.band(),
+                line={"width": 0},
+                hoverinfo="skip",
+                showlegend=False,
+                legendgroup=line.label,
+            )
+        )
+    traces.append(
+        go.Scatter(
+            x=points["x"],
+            y=points["mean"],
+            customdata=points[["step", "low", "high", "seeds"]],
+            name=short(line.label),
+            legendgroup=line.label,
+            showlegend=legend,
+            mode="lines+markers",
+            line={"color": style.colour, "dash": style.dash, "width": 2},
+            marker={"symbol": style.symbol, "size": size, "color": style.colour, "opacity": 1, "line": {"width": 0}},
+            hovertemplate=f"{line.label}<br>step %{{customdata[0]}}, x = %{{x:,.6~g}}<br>%{{y:.6g}} {unit}"
+            "<br>%{customdata[1]:.6g} to %{customdata[2]:.6g} over %{customdata[3]} runs<extra></extra>",
+        )
+    )
+    return traces
+
+
+def _alt(found: Mapping[str, list[Curve]], metrics: Mapping[str, str], unit: str) -> str:
+    said = []
+    for name, lines in found.items():
+        ends = ", ".join(f"{line.label} {line.points['mean'].iloc[-1]:.4g}" for line in lines)
+        said.append(f"{metrics[name] or name} at the end, {unit}: {ends}")
+    return "Lines over training. " + "; ".join(said) + "."

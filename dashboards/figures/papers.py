@@ -1,0 +1,258 @@
+"""The papers' own figures, where a run logs what they need.
+
+Not here, because they need an analysis that a run does not make by itself: `opd-lab analyze` answers those of Rock
+Tokens (figures 1 to 5), SCOPE (1b), TRB (4), KAT's phases and OPRD (8, 12) in the run folder.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+
+from dashboards import style
+from dashboards.figures import lines
+from dashboards.runs import Selected
+from dashboards.style import SCALE, dress, empty, panels, short
+
+ROLLOUTS = 100  # rows of a map
+SHARE = 0.1  # of a run's steps that count as early, and as late
+FIRST_STEPS = 25
+SUPPORT = ("teacher/logp_mean_nats", "rollout/support_reward_auroc_fraction", "rollout/reward_mean_fraction")
+PASS = re.compile(r"eval/test/pass_at_(\d+)$")
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A figure of a paper that is curves over steps: which, and of what."""
+
+    paper: str
+    question: str
+    metrics: dict[str, str]
+    unit: str  # of all its metrics; empty: each panel names its own
+    needs: str
+
+
+CURVES = {
+    "trb_3": Curves(
+        "TRB, arXiv 2605.31159, figure 3",
+        "Do blended rollouts keep the teacher sure, and does accuracy gain by it?",
+        {"entropy/teacher_mean_nats": "teacher's entropy, nats", "eval/validation/pass_at_1": "pass@1"},
+        "",
+        "runs with method=trb and graded data",
+    ),
+    "tropd_3": Curves(
+        "TrOPD, arXiv 2606.01249, figure 3",
+        "Do trust regions keep the student's entropy up and the gradient small?",
+        {"entropy/student_mean_nats": "student's entropy, nats", "optim/gradient_norm": "gradient norm"},
+        "",
+        "runs with method=tropd beside opd_sampled",
+    ),
+    "tropd_outliers": Curves(
+        "TrOPD, arXiv 2606.01249, its acceptance rule",
+        "Are outliers as frequent as the total variation says?",
+        {
+            "tropd/outlier_fraction": "share of outliers",
+            "tropd/total_variation_mean_fraction": "total variation",
+        },
+        "fraction",
+        "runs with method=tropd",
+    ),
+    "oprd_6": Curves(
+        "OPRD, arXiv 2606.06021, figures 5 and 6",
+        "Do the student's states turn towards the teacher's?",
+        {
+            "oprd/cosine_mean_fraction": "cosine of the states",
+            "oprd/subspace_cosine_mean_fraction": "cosine in the bridge",
+            "rollout/length_mean_tokens": "tokens per rollout",
+        },
+        "",
+        "runs with method=oprd or oprd_bridge",
+    ),
+    "omniopd_3": Curves(
+        "OmniOPD, arXiv 2606.01476, figure 3",
+        "Does the student stay near its beginning while the audit's loss falls?",
+        {
+            "omniopd/audit_loss_mean_nats": "audit loss, nats",
+            "omniopd/reference_kl_mean_nats": "KL to the initial student, nats",
+            "eval/validation/pass_at_1": "pass@1",
+        },
+        "",
+        "runs with method=omniopd",
+    ),
+    "fire": Curves(
+        "FiRe-OPD, arXiv 2606.02684, its filter",
+        "Are the rollouts that the filter keeps the better ones?",
+        {
+            "fire_opd/kept_reward_mean_fraction": "correct among kept",
+            "fire_opd/dropped_reward_mean_fraction": "correct among dropped",
+        },
+        "fraction",
+        "runs with method=fire_opd and graded data",
+    ),
+    "scope_3": Curves(
+        "SCOPE, arXiv 2604.10688, figure 3",
+        "Does routing by correctness keep entropy while accuracy rises?",
+        {"entropy/student_mean_nats": "student's entropy, nats", "eval/validation/pass_at_1": "pass@1"},
+        "",
+        "runs with method=scope",
+    ),
+    "rock": Curves(
+        "Rock Tokens, arXiv 2605.09253, the frozen types during training",
+        "Do the frozen types stay hard while the others are learnt?",
+        {
+            "rock_tokens/frozen_kl_mean_nats": "KL of frozen types, nats",
+            "rock_tokens/other_kl_mean_nats": "KL of the others, nats",
+        },
+        "",
+        "runs with method=rock_tokens",
+    ),
+    "kat": Curves(
+        "KAT, arXiv 2606.09471, where rollouts end",
+        "Is the KL lower after the cut, and how much of a rollout is kept?",
+        {
+            "kat/kl_pre_mean_nats": "KL before the cut, nats",
+            "kat/kl_agreement_mean_nats": "KL in agreement, nats",
+            "kat/kept_fraction": "share of tokens kept",
+        },
+        "",
+        "runs with method=kat",
+    ),
+}
+
+
+def curve(selected: Selected, name: str) -> go.Figure:
+    """One of CURVES; methods that do not log its metrics are absent."""
+    said = CURVES[name]
+    return lines.draw(
+        selected,
+        said.question,
+        said.metrics,
+        unit=said.unit,
+        missing=f"It needs {said.needs}.",
+        note=f"{said.paper}.",
+        alike=bool(said.unit),
+    )
+
+
+def kl_map(selected: Selected) -> go.Figure:
+    """KAT: the KL of every token of sampled rollouts of the first method, early and late in training."""
+    question = "Do rollouts end in long stretches on which student and teacher agree?"
+    found = selected.table("rollouts")
+    if not len(found) or "reverse_kl" not in found:
+        return empty(question, "No sampled rollouts with a KL: run with diagnostics.sample_rollouts=100.")
+    label = next(label for label in selected.labels if label in set(found["label"]))
+    found = found[found["label"] == label]
+    steps = found["step"]
+    first, last = max(SHARE * steps.max(), steps.min()), (1 - SHARE) * steps.max()
+    parts = {"early": found[steps <= first], "late": found[steps > last]}
+    figure, places = panels([f"{name}: {min(len(rows), ROLLOUTS)} rollouts" for name, rows in parts.items()])
+    widest = max(len(row) for rows in parts.values() for row in rows["reverse_kl"][:ROLLOUTS])
+    for (row, column), rows in zip(places, parts.values()):
+        kl_RT = np.full((min(len(rows), ROLLOUTS), widest), np.nan, dtype=np.float32)
+        for r, values in enumerate(sorted(rows["reverse_kl"][:ROLLOUTS], key=len)):
+            kl_RT[r, : len(values)] = values
+        with np.errstate(invalid="ignore", divide="ignore"):
+            depth_RT = np.log10(kl_RT.clip(1e-4))
+        figure.add_trace(
+            go.Heatmap(
+                z=depth_RT,
+                customdata=kl_RT,
+                coloraxis="coloraxis",
+                hovertemplate="token %{x}: %{customdata:.6g} nats<extra></extra>",
+            ),
+            row,
+            column,
+        )
+        figure.update_xaxes(title_text="response position, tokens", row=row, col=column)
+    figure.update_yaxes(title_text="rollouts by length", col=1)
+    ticks = range(-4, 2)
+    bar = {"title": "nats", "tickvals": list(ticks), "ticktext": [f"{10.0**t:g}" for t in ticks]}
+    figure.update_layout(coloraxis={"colorscale": SCALE, "cmin": -4, "cmax": 1, "colorbar": bar})
+    note = f"KAT, arXiv 2606.09471, its heat map. {label}: the first and the last tenth of its steps."
+    return dress(figure, question, alt=f"Two heat maps of token KL, early and late, for {label}.", note=note)
+
+
+def support(selected: Selected) -> go.Figure:
+    """TRB, figure 7: the first 25 steps pooled, a point per method."""
+    question = "Does the teacher's support still tell right from wrong rollouts?"
+    found = selected.metrics(SUPPORT)
+    found = found[found["step"] <= FIRST_STEPS] if len(found) else found
+    missing = empty(question, "It needs graded data and a teacher that scores tokens.")
+    if not len(found):
+        return missing
+    mean = found.pivot_table(index="label", columns="name", values="value", aggfunc="mean").reindex(columns=SUPPORT)
+    mean = mean.dropna()
+    if not len(mean):
+        return missing
+    figure = go.Figure(
+        go.Scatter(
+            x=mean[SUPPORT[0]],
+            y=mean[SUPPORT[1]],
+            mode="markers+text",
+            text=[short(str(label)) for label in mean.index],
+            textposition="top center",
+            marker={
+                "size": 13,
+                "color": mean[SUPPORT[2]],
+                "colorscale": SCALE,
+                "symbol": [selected.styles[str(label)].symbol for label in mean.index],
+                "colorbar": {"title": "share of<br>correct<br>rollouts"},
+            },
+            customdata=mean[SUPPORT[2]],
+            hovertemplate="%{text}<br>log-prob %{x:.6g}, AUROC %{y:.6g}, correct %{customdata:.4g}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title_text="mean teacher log-prob of the tokens, nats")
+    figure.update_yaxes(title_text="AUROC of support against correctness")
+    said = "; ".join(f"{label}: {row[SUPPORT[1]]:.3f}" for label, row in mean.iterrows())
+    note = "TRB, arXiv 2605.31159, figure 7: the first 25 steps."
+    return dress(figure, question, alt=f"AUROC per method: {said}.", note=note, height=440)
+
+
+def pass_at_k(selected: Selected) -> go.Figure:
+    """SCOPE, figures 1a and 4: pass@k before and after training."""
+    question = "Is only the first answer better, or every one of k?"
+    names = {int(match[1]): name for name in selected.names() if (match := PASS.match(name))}
+    found = selected.metrics(list(names.values()))
+    if not len(found):
+        return empty(question, "No pass@k on test problems: it needs graded data and evaluate.test_samples > 1.")
+    figure = go.Figure()
+    for label in [label for label in selected.labels if label in set(found["label"])]:
+        mine, style = found[found["label"] == label], selected.styles[label]
+        last = mine[mine["step"] == mine.groupby("folder")["step"].transform("max")].groupby("name")["value"].mean()
+        figure.add_trace(
+            go.Scatter(
+                x=sorted(names),
+                y=[last.get(names[k]) for k in sorted(names)],
+                name=short(label),
+                mode="lines+markers",
+                line={"color": style.colour, "dash": style.dash, "width": 2},
+                marker={"symbol": style.symbol, "size": 8},
+                hovertemplate=f"{label}<br>pass@%{{x}} = %{{y:.4f}}<extra></extra>",
+            )
+        )
+    before = found[found["step"] == found.groupby("folder")["step"].transform("min")].groupby("name")["value"].mean()
+    figure.add_trace(
+        go.Scatter(
+            x=sorted(names),
+            y=[before.get(names[k]) for k in sorted(names)],
+            name="before training",
+            mode="lines",
+            line={"color": "#8A8F98", "dash": "dot"},
+            hovertemplate="before training<br>pass@%{x} = %{y:.4f}<extra></extra>",
+        )
+    )
+    said = "; ".join(f"{trace.name}: {', '.join(f'{value:.3f}' for value in trace.y)}" for trace in figure.data)
+    figure.update_xaxes(title_text="k", type="log", tickvals=sorted(names), ticktext=[str(k) for k in sorted(names)])
+    figure.update_yaxes(title_text="share of problems with a correct rollout among k")
+    note = "SCOPE, arXiv 2604.10688, figures 1a and 4; test problems, mean over seeds."
+    return dress(figure, question, alt=f"pass@k for k = {', '.join(map(str, sorted(names)))}. {said}.", note=note)
+
+
+def every(selected: Selected) -> list[go.Figure]:
+    """All of them for which the runs logged something."""
+    drawn = [kl_map(selected), support(selected), pass_at_k(selected), *(curve(selected, name) for name in CURVES)]
+    return [figure for figure in drawn if not style.words(figure)["empty"]]

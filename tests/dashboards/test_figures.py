@@ -1,0 +1,203 @@
+"""Figures of runs made up by hand: what is drawn is what was worked out beside it."""
+
+from __future__ import annotations
+
+import base64
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dashboard_runs import a_run
+
+from dashboards import style
+from dashboards.figures import accuracy, alarms, cost, divergence, estimators, papers, sweep, tokens
+from dashboards.runs import AXES, Selected, curves, select
+from opd_lab.bins import edges
+from opd_lab.tracking.run_folder import RunFolder
+from opd_lab.tracking.tracker import RunInfo
+from opd_lab.types import Report
+
+RUN_FIGURES: list[Any] = [
+    *(accuracy.accuracy, accuracy.final, divergence.kl, divergence.quantiles, divergence.probes, divergence.entropy),
+    *(divergence.overlap, divergence.loss, divergence.histogram, divergence.positions, tokens.shares, cost.seconds),
+    *(cost.tokens, alarms.timeline, estimators.lens, papers.kl_map, papers.support, papers.pass_at_k, sweep.response),
+]
+
+
+def numbers(values: Any) -> list[float]:
+    """What Plotly keeps of an array, as floats."""
+    if isinstance(values, dict):
+        values = np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"])
+    return [float(value) for value in np.asarray(values).ravel()]
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Selected:
+    """opd with seeds that end at .5 and .7, kat with one."""
+    a_run(tmp_path, "opd", 0, final=0.5)
+    a_run(tmp_path, "opd", 1, final=0.7)
+    a_run(tmp_path, "kat", 0, final=0.9)
+    return select(tmp_path)
+
+
+def test_a_curve_is_the_mean_over_seeds_with_their_range(two: Selected) -> None:
+    opd, kat = curves(two, "eval/validation/avg_at_4")
+    assert (opd.label, opd.seeds, kat.label, kat.seeds) == ("opd", 2, "kat", 1)
+    assert opd.points["mean"].tolist() == pytest.approx([0.25, 0.425, 0.6])
+    assert opd.points["low"].tolist() == pytest.approx([0.25, 0.375, 0.5])
+    assert opd.points["high"].tolist() == pytest.approx([0.25, 0.475, 0.7])
+
+
+@pytest.mark.parametrize(
+    ("x", "spent"),
+    [
+        ("steps", [0, 1, 2]),
+        ("student_tokens", [0, 100, 200]),
+        ("teacher_tokens", [0, 50, 100]),
+        ("seconds", [0, 2, 4]),
+        # Student of 10 parameters: (2 + 6) 10 per token written; teacher of 30: 2 30 per token scored.
+        ("flops", [0, 100 * 80 + 50 * 60, 200 * 80 + 100 * 60]),
+    ],
+)
+def test_every_axis_says_what_had_been_spent(two: Selected, x: str, spent: list[float]) -> None:
+    assert curves(two, "eval/validation/avg_at_4", x)[0].points["x"].tolist() == pytest.approx(spent)
+    figure = accuracy.accuracy(two, x)
+    assert figure.layout.xaxis.title.text == AXES[x].title
+
+
+def test_a_long_run_is_thinned_and_the_note_says_so(tmp_path: Path) -> None:
+    tracker = RunFolder()
+    tracker.start(RunInfo(name="a", experiment="x", folder=tmp_path / "a", params={}, tags={}, config_yaml=""))
+    for step in range(1001):
+        tracker.log(Report(step, {"kl/reverse_mean_nats": 1.0 + step}))
+    (line,) = curves(select(tmp_path), "kl/reverse_mean_nats")
+    assert (line.every, len(line.points)) == (3, 335)  # every third of 1,001 steps, and the last
+    assert line.points["mean"].tolist()[-1] == 1001.0
+    assert "Every 3th step is drawn" in style.words(divergence.kl(select(tmp_path)))["note"]
+
+
+def test_a_heat_map_shows_shares_of_the_pooled_counts_on_the_bins_of_all_runs(two: Selected) -> None:
+    figure = divergence.histogram(two)
+    opd = figure.data[0]
+    counts = np.array(numbers(opd.customdata)).reshape(-1, 2)
+    assert counts.sum(0).tolist() == [8, 8]  # four tokens per seed and step
+    z = np.array(numbers(opd.z)).reshape(-1, 2)
+    inner = edges("kl_nats")
+    first = next(k for k, e in enumerate(inner) if e >= 2e-3)  # the lowest bin that anybody hit
+    of = {value: next(k for k, e in enumerate(inner) if e >= value) - first for value in (2e-3, 0.2, 2.0)}
+    assert counts[[of[2e-3], of[0.2], of[2.0]], 0].tolist() == [2, 4, 2]
+    assert z[of[0.2], 0] == pytest.approx(math.log10(0.5), abs=1e-6)
+    assert math.isnan(z[of[2e-3] + 1, 0])
+    assert list(figure.data[1].y) == list(opd.y)
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-4, 0)
+
+
+def test_token_types_of_two_seeds_are_pooled_by_their_tokens(two: Selected) -> None:
+    found = tokens.types(two).query("method == 'opd'").set_index("token")
+    assert found["count"].to_dict() == {"now": 20, "<b>": 60}
+    assert found["kl_share_fraction"].to_dict() == pytest.approx({"now": 40 / 50, "<b>": 6 / 50})
+    assert found["enrichment_ratio"]["now"] == pytest.approx(0.8 / 0.1)
+    assert found["persistence_fraction"]["now"] == 0.5
+    assert list(found.index) == ["now", "<b>"]  # the largest share first
+
+
+def test_rollouts_are_paired_by_prompt(two: Selected) -> None:
+    pairs = tokens.pairs(two, "opd", "kat")
+    assert [(a["prompt"], b["prompt"]) for a, b in pairs] == [("what? 1", "what? 1"), ("what? 2", "what? 2")]
+    assert pairs[0][0]["folder"] != pairs[0][1]["folder"]
+    assert tokens.pairs(two, "opd", "nobody") == []
+
+
+def test_unlike_losses_are_refused_with_the_guards_words_in_place_of_the_figure(tmp_path: Path) -> None:
+    a_run(tmp_path, "opd")
+    a_run(tmp_path, "kat")
+    assert len(divergence.loss(select(tmp_path)).data) == 2
+    a_run(tmp_path, "mse", divergence="hidden_l2")
+    refused = divergence.loss(select(tmp_path))
+    assert not refused.data
+    said = style.words(refused)["empty"]
+    assert "divergence is the same, got" in said
+    assert "compare kl/reverse_mean_nats" in said
+
+
+def test_two_conventions_of_the_jsd_are_refused(tmp_path: Path) -> None:
+    a_run(tmp_path, "jsd", divergence="jsd", beta="0.3")
+    a_run(tmp_path, "other", divergence="jsd", beta="0.7")
+    assert "beta is the same, got 0.3" in style.words(divergence.loss(select(tmp_path)))["empty"]
+
+
+def test_the_parts_of_a_runs_time_add_up(two: Selected) -> None:
+    parts = {bar.name: numbers(bar.x)[0] for bar in cost.seconds(two).data}
+    # Two steps of 2 s: 1 + .25 + .5 and the rest.
+    assert parts == pytest.approx(
+        {"rollout": 2, "teacher": 0.5, "update": 1, "diagnostics": 0, "other": 0.5, "evaluation": 0}
+    )
+
+
+def test_plain_runs_are_trials_of_a_study(tmp_path: Path) -> None:
+    for lr, final in ((1e-4, 0.3), (1e-3, 0.8), (1e-2, 0.5)):
+        a_run(tmp_path, "opd", lr=lr, final=final)
+    found = select(tmp_path)
+    study = sweep.study_of(found)
+    assert study is not None
+    assert study.best_params == {"optim.lr": 1e-3}
+    assert study.best_value == 0.8
+    assert study.trials[0].distributions["optim.lr"].log is True  # over a factor of 100
+    assert sweep.searchable(found) == ["optim.lr"]
+    figure = sweep.response(found, "optim.lr")
+    assert figure.layout.xaxis.type == "log"
+    assert sorted(numbers(figure.data[0].y)) == [0.3, 0.5, 0.8]
+    shown = [style.words(figure)["question"] for figure in sweep.overview(study)]
+    assert "Which settings do good trials have in common?" in shown
+
+
+def test_alarms_are_listed_in_the_order_of_steps(tmp_path: Path) -> None:
+    tracker = RunFolder()
+    tracker.start(RunInfo(name="a", experiment="x", folder=tmp_path / "a", params={}, tags={}, config_yaml=""))
+    for step, name in ((4, "repetition"), (2, "zero_weight")):
+        row = {"step": step, "alarm": name, "value": 1.0, "threshold": 0.5, "message": "too many"}
+        tracker.log(Report(step, {"x": 1.0}, tables={"alarms": [row]}))
+    assert alarms.rows(select(tmp_path))["alarm"].to_list() == ["zero_weight", "repetition"]
+    assert "a: zero_weight at step 2" in style.words(alarms.timeline(select(tmp_path)))["alt"]
+
+
+@pytest.mark.parametrize("draw", RUN_FIGURES)
+def test_a_figure_without_data_says_what_to_do(draw: Any, tmp_path: Path) -> None:
+    tracker = RunFolder()
+    tracker.start(RunInfo(name="a", experiment="x", folder=tmp_path / "a", params={}, tags={}, config_yaml=""))
+    figure = draw(select(tmp_path))
+    words = style.words(figure)
+    assert words["question"].endswith("?")
+    assert len(words["empty"]) > 20
+    assert words["empty"] in " ".join(figure.layout.annotations[0].text.split("<br>"))
+
+
+@pytest.mark.parametrize("draw", RUN_FIGURES)
+def test_a_figure_asks_a_question_names_its_axes_and_speaks_for_who_cannot_see_it(draw: Any, two: Selected) -> None:
+    figure = draw(two)
+    words = style.words(figure)
+    if words["empty"]:
+        assert draw in (divergence.probes, alarms.timeline, estimators.lens, papers.support, sweep.response)
+        return
+    assert words["question"].endswith("?")
+    assert len(words["alt"]) > 40
+    assert figure.layout.xaxis.title.text or draw in (divergence.histogram, divergence.positions)
+    assert all(trace.hovertemplate or trace.hoverinfo == "skip" for trace in figure.data)
+
+
+def test_dashboards_need_no_torch() -> None:
+    code = """
+import sys
+sys.modules["torch"] = None
+import importlib, pkgutil, dashboards.figures
+for package in (dashboards, dashboards.figures):
+    for found in pkgutil.iter_modules(package.__path__):
+        if found.name != "app":
+            importlib.import_module(f"{package.__name__}.{found.name}")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
