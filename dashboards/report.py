@@ -16,7 +16,8 @@ from dashboards import style
 from dashboards.figures import accuracy, alarms, cost, divergence, estimators, papers, sweep, tokens
 from dashboards.runs import Selected, select
 from opd_lab.compare.guard import CONVENTIONS, conventions
-from opd_lab.compare.table import CAPTION, HEAD, budget_line, cells, notes, table
+from opd_lab.compare.printed import HEAD, caption, gains_caption, gains_cells, gains_head, notes, row_cells
+from opd_lab.compare.table import table
 from opd_lab.tracking import read
 
 HERE = Path(__file__).parent
@@ -30,16 +31,16 @@ class Section:
     parts: list[str]
 
 
-def write_report(folder: Path, runs: read.Runs) -> Path:
+def write_report(folder: Path, runs: read.Runs, baseline: str | None = None) -> Path:
     """Write `report.html` into a folder: about the finished runs, and if there are none, about all of them."""
     found = select(runs, ("FINISHED",))
     path = folder / "report.html"
-    path.write_text(page(found if found.groups else select(runs), found.groups == []))
+    path.write_text(page(found if found.groups else select(runs), found.groups == [], baseline))
     return path
 
 
-def page(selected: Selected, unfinished: bool) -> str:
-    sections = list(_sections(selected, unfinished))
+def page(selected: Selected, unfinished: bool, baseline: str | None = None) -> str:
+    sections = list(_sections(selected, unfinished, baseline))
     title = "Comparison of " + ", ".join(selected.labels)
     links = "".join(f'<li><a href="#s{i}">{escape(s.title)}</a></li>' for i, s in enumerate(sections))
     body = "".join(
@@ -56,8 +57,8 @@ def page(selected: Selected, unfinished: bool) -> str:
     )
 
 
-def _sections(selected: Selected, unfinished: bool) -> Iterator[Section]:
-    yield Section("Which method is better?", [*_answer(selected, unfinished)])
+def _sections(selected: Selected, unfinished: bool, baseline: str | None) -> Iterator[Section]:
+    yield Section("Which method is better?", [*_answer(selected, unfinished, baseline)])
     yield Section(
         "What does it cost?",
         [
@@ -89,16 +90,19 @@ def _sections(selected: Selected, unfinished: bool) -> Iterator[Section]:
         yield Section("The papers' own figures", _figures(drawn))
 
 
-def _answer(selected: Selected, unfinished: bool) -> Iterator[str]:
+def _answer(selected: Selected, unfinished: bool, baseline: str | None) -> Iterator[str]:
     if unfinished:
         states = ((folder.name, read.status(folder)["status"]) for folder in selected.folders)
         said = ", ".join(f"{name} {status}" for name, status in states) or "no run"
         yield f'<p role="status">No run has finished: {escape(said)}. What they logged is below.</p>'
     else:
-        found = table(selected.folders)
-        yield f"<p>{escape(budget_line(found))}</p>"
-        yield _table(HEAD, [cells(row) for row in found.rows.itertuples()], "Accuracy and cost of every method")
-        yield f'<p class="note">{escape(CAPTION)}</p>'
+        found = table(selected.folders, baseline)
+        yield _table(HEAD, [row_cells(row) for row in found.rows.itertuples()], "Accuracy and cost of every method")
+        yield f'<p class="note">{escape(caption(found))}</p>'
+        if len(found.gains):
+            rows = [gains_cells(row) for row in found.gains.itertuples()]
+            yield _table(gains_head(found), rows, f"Every method against {found.baseline}")
+            yield f'<p class="note">{escape(gains_caption(found))}</p>'
         yield "".join(f"<p>{escape(note)}</p>" for note in notes(found))
         yield from _figures([accuracy.final(selected)])
     yield from _figures([accuracy.accuracy(selected)])

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from dashboards.style import Style, styles
-from opd_lab.compare.table import Group, groups
+from opd_lab.compare.groups import Group, groups
 from opd_lab.tracking import read
 
 Frame = Any  # a table or column of pandas, whose own types know less than its documentation

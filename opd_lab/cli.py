@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     score.add_argument("--samples", type=int, default=4, help="rollouts per problem")
     report = commands.add_parser("report", help="the table and the report of the runs in a folder")
     report.add_argument("folder", type=Path)
+    report.add_argument(
+        "--baseline", metavar="METHOD", help="the row that the others are held against; opd, or the first"
+    )
     report.add_argument("--rebuild", metavar="URI", help="first log the runs again into this MLflow store")
     questions.declare(commands.add_parser("analyze", help="a question about a finished run"))
     sync = commands.add_parser("sync", help="deliver what a store missed while it was away")
@@ -94,7 +97,7 @@ def _report(given: argparse.Namespace) -> int:
 
     if given.rebuild:
         rebuild(given.folder, given.rebuild)
-    show(given.folder)
+    show(given.folder, given.baseline)
     return 0
 
 

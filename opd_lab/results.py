@@ -19,13 +19,13 @@ from opd_lab.settings import RunSettings
 from opd_lab.types import Behavior
 
 
-def show(folder: Path) -> None:
+def show(folder: Path, baseline: str | None = None) -> None:
     """Table and report of every finished run below a folder, or of one run.
 
     Raises:
-        ValueError: there is no finished run.
+        ValueError: there is no finished run, or none of the baseline.
     """
-    show_runs(runs_in(folder), folder)
+    show_runs(runs_in(folder), folder, baseline)
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -68,16 +68,17 @@ def deliver(run: Path) -> str:
     return "delivered" if waited else "nothing waits to be delivered"
 
 
-def show_runs(runs: Sequence[Path], folder: Path) -> None:
+def show_runs(runs: Sequence[Path], folder: Path, baseline: str | None = None) -> None:
     """Print the table of some runs, write their report into `folder`, and say how to look further."""
     from dashboards.report import write_report
-    from opd_lab.compare.table import render, table
+    from opd_lab.compare.printed import render
+    from opd_lab.compare.table import table
 
     console = Console()
     if not console.is_terminal:
         console.width = 120
-    render(table(runs), console)
-    path = write_report(folder, runs)
+    render(table(runs, baseline), console)
+    path = write_report(folder, runs, baseline)
     console.print(f"\nreport   {path}", soft_wrap=True, highlight=False)
     store = next((p / "mlflow.db" for p in folder.parents if (p / "mlflow.db").is_file()), None)
     if store is not None:

@@ -201,6 +201,9 @@ def identity(
         "vocabulary": str(parts.student.vocabulary),
         "rollouts": "+".join(["student", *sorted(parts.method.asks())]),
     }
+    for name, lm in (("student", parts.student), ("teacher", parts.teacher.lm)):
+        if lm is not None:  # what is estimated from it: FLOPs
+            tags[f"{name}_parameters"] = str(sum(p.numel() for p in lm.module.parameters()))
     return RunInfo(
         name=run_name(settings, method_name),
         experiment=settings.tracking.experiment,

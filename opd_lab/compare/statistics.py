@@ -1,23 +1,25 @@
 """How sure may one be of an accuracy, or of the difference between two? Pure functions of arrays.
 
 `correct_SP` has a row per seed and a column per test problem; an entry is the share of correct rollouts. Seeds and
-problems are crossed (every seed meets the same problems), and both are samples: other seeds and other problems would have
-given another number. Leading axes, written `...`, are independent repetitions.
+problems are crossed (every seed meets the same problems), and both are samples: other seeds, or other problems, would
+have given another number. Leading axes, written `...`, are independent repetitions.
 
-Where a mean of y_sp = mu + seed_s + problem_p + rest_sp gets its variance from, by the mean squares of the two-way table
-(Searle, Casella and McCulloch, Variance Components, 1992, chapter 4):
+Where a mean of y_sp = mu + seed_s + problem_p + rest_sp gets its variance from, by the mean squares of the two-way
+table (Searle, Casella and McCulloch, Variance Components, 1992, chapter 4):
 
-    V_problems = var_p(mean_s y_sp) / P             estimates (var(problem) + var(rest) / S) / P
-    V_seeds    = var_s(mean_p y_sp) / S  - var(rest) / (S P),  at least 0
+    V_seeds    = var_s(mean_p y_sp) / S                             estimates var(seed) / S + var(rest) / (S P)
+    V_problems = var_p(mean_s y_sp) / P - var(rest) / (S P), >= 0   estimates var(problem) / P
 
 A bootstrap over three seeds knows three values and is too narrow. The interval is instead put together from one t
 interval for each source (MOVER: Zou and Donner, Statistics in Medicine 27, 2008; Graybill and Wang, JASA 75, 1980):
 
     half width^2 = t(P - 1)^2 V_problems + t(df)^2 V_seeds
 
-For a difference A - B the first term is that of the problems' own differences, which is the pairing; the second adds the
-seeds of both, which are drawn apart, with Welch's degrees of freedom. A number in which some method has one seed can only
-speak of problems, and `speaks_of` says so.
+For a difference A - B the first term is that of the problems' own differences, which is the pairing; the second adds
+the seeds of both, which are drawn apart, with Welch's degrees of freedom. What neither explains counts with the seeds,
+whose few degrees of freedom it then has: counted with the problems, the interval of three seeds covers too little where
+seeds spread about as much as problems do. Where some method has one seed, var(rest) cannot be told from var(problem), a
+number can only speak of problems, and `speaks_of` says so.
 """
 
 from __future__ import annotations
@@ -109,8 +111,9 @@ def _estimate(value_P: Array, parts: Sequence[Array]) -> Estimate:
     between = [part_SP.mean(-1).var(-1, ddof=1) / part_SP.shape[-2] for part_SP in parts]
     rest = [_rest(part_SP) / (part_SP.shape[-2] * problems) for part_SP in parts]
     of_df = sum(V**2 / (part_SP.shape[-2] - 1) for V, part_SP in zip(between, parts))
-    df = np.divide(sum(between) ** 2, of_df, out=np.ones_like(value), where=of_df > 0)
-    V_seeds = np.maximum(sum(between) - sum(rest), 0.0)
+    V_seeds = np.sum(between, axis=0)
+    df = np.divide(V_seeds**2, of_df, out=np.ones_like(value), where=of_df > 0)
+    V_problems = np.maximum(V_problems - sum(rest), 0.0)
     return Estimate(value, V_problems, problems - 1, V_seeds, df, "problems and seeds")
 
 
@@ -147,8 +150,8 @@ class Needed:
     problems: float  # with the seeds at hand
 
 
-def needed(a_SP: Array, b_SP: Array, power: float = 0.8) -> Needed:
-    """The fewest seeds, or problems, at which the interval leaves out 0 with probability `power`.
+def needed(a_SP: Array, b_SP: Array, alpha: float, power: float = 0.8) -> Needed:
+    """The fewest seeds, or problems, at which the interval of level 1 - alpha leaves out 0 with probability `power`.
 
     From the variance components of the data, each estimated at >= 0, and the normal quantile of the power. They are
     estimates from few seeds themselves: read the answer as an order of magnitude.
@@ -160,17 +163,16 @@ def needed(a_SP: Array, b_SP: Array, power: float = 0.8) -> Needed:
     grid_P = np.unique(np.geomspace(2, MOST_PROBLEMS, 4000).round())
     if (S < 2).any():  # these very runs, on other problems
         per_problem = found.problems * P
-        return Needed(math.nan, _first(grid_P, off, z, per_problem / grid_P, 0 * grid_P, grid_P - 1, grid_P))
+        return Needed(math.nan, _first(grid_P, off, alpha, z, per_problem / grid_P, 0 * grid_P, grid_P - 1, grid_P))
     rest = np.array([_rest(a_SP), _rest(b_SP)])
     seed = np.array([max(y.mean(1).var(ddof=1) - r / P, 0.0) for y, r in zip((a_SP, b_SP), rest)])
-    paired = max(float(found.problems) * P - float((rest / S).sum()), 0.0)
+    paired = float(found.problems) * P
     grid_S = np.arange(2.0, MOST_SEEDS + 1)
 
     def first(grid: Array, S_2G: Array, P_G: Array) -> float:
         between_2G = (seed[:, None] + rest[:, None] / P_G) / S_2G
         df_G = between_2G.sum(0) ** 2 / np.maximum((between_2G**2 / (S_2G - 1)).sum(0), 1e-300)
-        problems_G = (paired + (rest[:, None] / S_2G).sum(0)) / P_G
-        return _first(grid, off, z, problems_G, (seed[:, None] / S_2G).sum(0), P_G - 1, np.maximum(df_G, 1.0))
+        return _first(grid, off, alpha, z, paired / P_G, between_2G.sum(0), P_G - 1, np.maximum(df_G, 1.0))
 
     return Needed(
         seeds=first(grid_S, np.stack([grid_S, grid_S]), np.full_like(grid_S, P)),
@@ -179,20 +181,25 @@ def needed(a_SP: Array, b_SP: Array, power: float = 0.8) -> Needed:
 
 
 def _first(
-    grid_G: Array, off: float, z: float, problems_G: Array, seeds_G: Array, problems_df_G: Array, seeds_df_G: Array
+    grid_G: Array,
+    off: float,
+    alpha: float,
+    z: float,
+    problems_G: Array,
+    seeds_G: Array,
+    problems_df_G: Array,
+    seeds_df_G: Array,
 ) -> float:
     """The first place of the grid at which the interval is narrow enough."""
-    alpha = (1 - LEVEL) / 2
-    half_G = np.sqrt(
-        stats.t.isf(alpha, problems_df_G) ** 2 * problems_G + stats.t.isf(alpha, seeds_df_G) ** 2 * seeds_G
-    )
+    t_problems_G, t_seeds_G = stats.t.isf(alpha / 2, problems_df_G), stats.t.isf(alpha / 2, seeds_df_G)
+    half_G = np.sqrt(t_problems_G**2 * problems_G + t_seeds_G**2 * seeds_G)
     enough_G = half_G + z * np.sqrt(problems_G + seeds_G) <= off
     return float(grid_G[enough_G.argmax()]) if enough_G.any() else math.inf
 
 
 def bootstrap(a_SP: Array, b_SP: Array | None = None, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """The hierarchical bootstrap interval of a mean, or of a paired difference: seeds drawn within each method, problems
-    drawn jointly for all (Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1, 2007).
+    """The hierarchical bootstrap interval of a mean, or of a paired difference: seeds drawn within each method,
+    problems drawn jointly for all (Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1, 2007).
 
     A second opinion. With few seeds it is too narrow, since the variance of S values is (S - 1) / S of the truth.
     """

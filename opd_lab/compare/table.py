@@ -1,66 +1,68 @@
-"""Run folders -> one row per method, pooled over seeds, with what must be equal for the rows to be comparable.
+"""Run folders -> one row per method, pooled over seeds, and every method against a baseline.
 
-Accuracy is the mean over test problems of the share of correct rollouts; its 95 % interval comes from a bootstrap over
-the problems, drawn together for all seeds, which share them: it says how far other problems would move the number.
+Accuracy is the mean over test problems of the share of correct rollouts. Intervals, p-values and what would separate
+two methods are those of `statistics`: they speak of other problems, and of other seeds where each method has two.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opd_lab.compare import statistics
+from opd_lab.compare.budget import Equality, along, equalities, metrics_of
+from opd_lab.compare.groups import Group, differing, groups, settings_tried
+from opd_lab.compare.scores import Scores, paired, scores
 from opd_lab.tracking import read
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-    from rich.console import Console
 
 HELD_OUT_KL = "eval/test/reverse_kl_mean_nats"
 BUDGET = ("steps", "rollout.prompts", "rollout.per_prompt", "rollout.max_tokens", "optim.updates_per_rollout")
-RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ by their seed only."""
-
-    label: str
-    folders: list[Path]
-    params: dict[str, Any]  # without the seed
+NAN = float("nan")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    rows: DataFrame  # one per method
+    """What may be said of some methods.
+
+    `rows`, one per method, in the order in which they started:
+        method, seeds, problems (that all its seeds were tested on), speaks_of ("problems" | "problems and seeds"),
+        accuracy_before, accuracy_after (last step), accuracy_low, accuracy_high (95 % of the latter),
+        accuracy_best (checkpoint with the best validation accuracy), best_step (mean over seeds), best_gain
+        (accuracy_best - accuracy_after), best_gain_low, best_gain_high,
+        kl_held_out_nats, student_tokens, teacher_tokens, seconds, flops (means over seeds; `budget` says how counted),
+        tried (settings of this method in its experiment, shown or not)
+    A number that the runs do not have is NaN.
+
+    `gains`, one per method other than the baseline, differences of accuracy after the last step:
+        method, baseline, problems (that both were tested on), speaks_of, gain (method - baseline), gain_low, gain_high
+        (95 %), p, p_holm (adjusted for every comparison made), separated (p_holm <= 0.05),
+        improvement (probability that on some problem a run of the method does better than one of the baseline, a tie
+        counting half), improvement_low, improvement_high,
+        bootstrap_low, bootstrap_high (hierarchical bootstrap of the gain, a second opinion),
+        seeds_needed (of each method), problems_needed: at which a difference as large as this one is separated four
+        times in five; inf: at none within reason, NaN: cannot be known from one seed
+    Empty with one method or without answers.
+    """
+
+    rows: DataFrame
     budget: dict[str, str]  # what every run was given, or how it differs
     differences: dict[str, dict[str, Any]]  # config key -> method -> value, besides method.* and seed
     left_out: list[str]  # runs that have not finished
+    baseline: str  # the label of the method that the others are held against
+    gains: DataFrame
+    equalities: list[Equality]  # what was given and spent, equal or not
+    comparisons: int  # that Holm's adjustment counts: settings tried, shown or not, less the baseline
 
 
-def groups(runs: read.Runs, statuses: Collection[str] = ("FINISHED",)) -> list[Group]:
-    """The runs of these statuses by method, in the order in which they started. Variants of a method are told apart by
-    their own settings."""
-    finished = [f for f in read.folders(runs) if read.status(f)["status"] in statuses]
-    pooled: dict[str, list[Path]] = {}
-    for folder in sorted(finished, key=lambda f: read.status(f)["started"]):
-        pooled.setdefault(json.dumps(_params(folder), sort_keys=True), []).append(folder)
-    names = [_method(folders[0]) for folders in pooled.values()]
-    out = []
-    for name, (text, folders) in zip(names, pooled.items()):
-        alike = [json.loads(other) for other, n in zip(pooled, names) if n == name]
-        apart = [f"{key.removeprefix('method.')}={json.loads(text).get(key)}" for key in _differing(alike)]
-        out.append(Group(" ".join([name, *apart]), folders, json.loads(text)))
-    return out
-
-
-def table(runs: read.Runs) -> Comparison:
-    """The comparison of all finished runs.
+def table(runs: read.Runs, baseline: str | None = None) -> Comparison:
+    """The comparison of all finished runs. `baseline` is a label of a row; None: plain `opd`, or else the first row.
 
     Raises:
-        ValueError: there is no finished run.
+        ValueError: there is no finished run, or no such baseline.
     """
     import pandas as pd
 
@@ -68,115 +70,115 @@ def table(runs: read.Runs) -> Comparison:
     left_out = [f.name for f in read.folders(runs) if read.status(f)["status"] != "FINISHED"]
     if not found:
         raise ValueError(f"a comparison needs finished runs, got {', '.join(left_out)}, none of which has finished")
-    outer = [key for key in _differing([g.params for g in found]) if not key.startswith("method.")]
+    held_against = _baseline([group.label for group in found], baseline)
+    outer = [key for key in differing([g.params for g in found]) if not key.startswith("method.")]
+    tested = {group.label: scores(group) for group in found}
+    tried = settings_tried(found)
+    comparisons = max(sum(tried.values()), len(found)) - 1
+    rows = pd.DataFrame([_row(group, tested[group.label]) | _tried(group, tried) for group in found])
     return Comparison(
-        rows=pd.DataFrame([_row(group) for group in found]),
+        rows=rows,
         budget={key: _one(g.params.get(key) for g in found) for key in BUDGET},
         differences={key: {g.label: g.params.get(key) for g in found} for key in outer},
         left_out=left_out,
+        baseline=held_against,
+        gains=_gains(tested, held_against, comparisons),
+        equalities=equalities(found, rows),
+        comparisons=comparisons,
     )
 
 
-def interval(accuracy_P: Sequence[float]) -> tuple[float, float]:
-    """The central 95 % of the mean when problems are drawn anew."""
-    import numpy as np
-
-    values_P = np.asarray(accuracy_P)
-    drawn_RP = np.random.default_rng(0).integers(len(values_P), size=(RESAMPLES, len(values_P)))
-    low, high = np.quantile(values_P[drawn_RP].mean(1), [0.025, 0.975])
-    return float(low), float(high)
+def _baseline(labels: list[str], wanted: str | None) -> str:
+    if wanted is None:
+        return next((label for label in labels if label.split()[0] == "opd"), labels[0])
+    if wanted not in labels:
+        raise ValueError(f"--baseline must be a row of the table, got {wanted}; the rows are {', '.join(labels)}")
+    return wanted
 
 
-def _row(group: Group) -> dict[str, Any]:
+def _row(group: Group, tested: Scores | None) -> dict[str, Any]:
     row: dict[str, Any] = {"method": group.label, "seeds": len(group.folders)}
-    row |= _accuracy(group)
-    metrics = read.metrics(group.folders)
-    by_name = dict(tuple(metrics.groupby("name"))) if len(metrics) else {}
-    for column, name in (
-        ("kl_held_out_nats", HELD_OUT_KL),
-        ("student_tokens", "cost/generated_tokens"),
-        ("teacher_tokens", "cost/teacher_scored_tokens"),
-    ):
-        mine = by_name.get(name)
-        row[column] = float("nan") if mine is None else mine.sort_values("step").groupby("folder").value.last().mean()
-    spent = by_name.get("time/step_seconds")
-    row["seconds"] = float("nan") if spent is None else spent.groupby("folder").value.sum().mean()
+    return row | _accuracy(tested) | _spent(group)
+
+
+def _tried(group: Group, tried: dict[str, int]) -> dict[str, int]:
+    return {"tried": tried[group.label.split()[0]]}
+
+
+def _accuracy(tested: Scores | None) -> dict[str, Any]:
+    """Before the first and after the last step, and at the checkpoint that validation chose, on the test problems."""
+    after = ("accuracy_before", "accuracy_after", "accuracy_low", "accuracy_high")
+    best = ("accuracy_best", "best_step", "best_gain", "best_gain_low", "best_gain_high")
+    if tested is None:
+        return {"problems": 0, "speaks_of": "nothing"} | dict.fromkeys(after + best, NAN)
+    found = statistics.accuracy(tested.final_SP)
+    row = {"problems": len(tested.problems), "speaks_of": found.speaks_of}
+    row |= dict(zip(after, (float(tested.before_SP.mean()), float(found.value), *_within(found, 0.0, 1.0))))
+    if tested.best_SP is None:
+        return row | dict.fromkeys(best, NAN)
+    gain = statistics.accuracy(tested.best_SP - tested.final_SP)  # one seed has both, so it is one table
+    step = sum(tested.best_steps) / len(tested.best_steps)
+    values = (float(tested.best_SP.mean()), step, float(gain.value), *_within(gain, -1.0, 1.0))
+    return row | dict(zip(best, values))
+
+
+def _within(found: statistics.Estimate, least: float, most: float) -> tuple[float, float]:
+    """The interval, cut where no value can lie."""
+    low, high = found.interval()
+    return max(float(low), least), min(float(high), most)
+
+
+def _spent(group: Group) -> dict[str, float]:
+    columns = ("student_tokens", "teacher_tokens", "seconds", "flops")
+    metrics: Any = read.metrics(group.folders, names={HELD_OUT_KL} | metrics_of(*columns))
+    row = {"kl_held_out_nats": NAN}
+    of_run = dict(list(metrics.groupby("folder"))) if len(metrics) else {}
+    last = [m[m["name"] == HELD_OUT_KL].sort_values("step").value.tolist()[-1:] for m in of_run.values()]
+    if last and all(last):
+        row["kl_held_out_nats"] = sum(value for [value] in last) / len(last)
+    for column in columns:
+        try:
+            ends = [along(column, of_run[str(folder)], folder).iloc[-1] for folder in group.folders if of_run]
+        except ValueError:  # says what was not logged, which here is NaN
+            ends = []
+        row[column] = float(sum(ends) / len(ends)) if ends else NAN
     return row
 
 
-def _accuracy(group: Group) -> dict[str, float]:
-    """Before the first and after the last step, on the test problems."""
-    found = read.evaluations(group.folders)
-    names = ("accuracy_before", "accuracy_after", "accuracy_low", "accuracy_high")
-    if not len(found) or "test" not in set(found["set"]):
-        return dict.fromkeys(names, float("nan"))
-    test = found[found["set"] == "test"]
-    test = test.assign(accuracy=test["correct"] / test["n"])
-    at = test.groupby("folder").step
-    before = test[test.step == at.transform("min")].groupby("problem").accuracy.mean()
-    after = test[test.step == at.transform("max")].groupby("problem").accuracy.mean()
-    return dict(zip(names, (before.mean(), after.mean(), *interval(after.to_list()))))
+def _gains(tested: dict[str, Scores | None], baseline: str, comparisons: int) -> DataFrame:
+    import pandas as pd
+
+    against = tested[baseline]
+    rows = [
+        {"method": label, "baseline": baseline} | _gain(mine, against, (1 - statistics.LEVEL) / comparisons)
+        for label, mine in tested.items()
+        if label != baseline and mine is not None and against is not None
+    ]
+    if not rows:
+        return pd.DataFrame()
+    out = pd.DataFrame(rows)
+    out["p_holm"] = statistics.holm(out["p"].to_numpy(), comparisons)
+    out["separated"] = out["p_holm"] <= 1 - statistics.LEVEL
+    return out
 
 
-def _params(folder: Path) -> dict[str, Any]:
-    params = read.status(folder)["params"]
-    return {k: v for k, v in params.items() if k != "seed" and not k.startswith("tracking.")}
-
-
-def _method(folder: Path) -> str:
-    said = read.status(folder)
-    return said["tags"].get("method", said["name"])
-
-
-def _differing(params: list[dict[str, Any]]) -> list[str]:
-    keys = sorted({key for one in params for key in one})
-    return [key for key in keys if len({json.dumps(one.get(key)) for one in params}) > 1]
+def _gain(mine: Scores, against: Scores, alpha: float) -> dict[str, Any]:
+    shared, mine_P, against_P = paired(mine, against)
+    if not shared:
+        names = ("gain", "gain_low", "gain_high", "p", "improvement", "improvement_low", "improvement_high")
+        names += ("bootstrap_low", "bootstrap_high", "seeds_needed", "problems_needed")
+        return {"problems": 0, "speaks_of": "nothing"} | dict.fromkeys(names, NAN)
+    a_SP, b_SP = mine.final_SP[:, mine_P], against.final_SP[:, against_P]
+    gain, better = statistics.difference(a_SP, b_SP), statistics.improvement(a_SP, b_SP)
+    enough = statistics.needed(a_SP, b_SP, alpha)
+    row = {"problems": len(shared), "speaks_of": gain.speaks_of, "gain": float(gain.value)}
+    row |= dict(zip(("gain_low", "gain_high"), _within(gain, -1.0, 1.0))) | {"p": float(gain.p_value())}
+    row |= {"improvement": float(better.value)}
+    row |= dict(zip(("improvement_low", "improvement_high"), _within(better, 0.0, 1.0)))
+    row |= dict(zip(("bootstrap_low", "bootstrap_high"), statistics.bootstrap(a_SP, b_SP)))
+    return row | {"seeds_needed": enough.seeds, "problems_needed": enough.problems}
 
 
 def _one(values: Iterable[Any]) -> str:
     different = list(dict.fromkeys(str(value) for value in values))
     return different[0] if len(different) == 1 else "DIFFERS: " + ", ".join(different)
-
-
-def cells(row: Any) -> list[str]:
-    """A row as text, under `HEAD`."""
-    after = f"{row.accuracy_after:.3f} [{row.accuracy_low:.3f}, {row.accuracy_high:.3f}]"
-    numbers = (f"{n:,.0f}" for n in (row.student_tokens, row.teacher_tokens, row.seconds))
-    text = [row.method, str(row.seeds), f"{row.accuracy_before:.3f}", after, f"{row.kl_held_out_nats:.4f}", *numbers]
-    return ["-" if value.startswith("nan") else value for value in text]
-
-
-HEAD = ("method", "seeds", "before", "after [95 %]", "KL", "student tokens", "teacher tokens", "seconds")
-CAPTION = (
-    "Accuracy on test problems before and after; exact KL(student || teacher) on held-out rollouts after, in nats."
-)
-
-
-def budget_line(found: Comparison) -> str:
-    return "Budget of every run: " + ", ".join(f"{key} {value}" for key, value in found.budget.items())
-
-
-def notes(found: Comparison) -> list[str]:
-    """What a reader must know before believing the table."""
-    said = [
-        f"differs: {key}: " + ", ".join(f"{value} ({label})" for label, value in by_method.items())
-        for key, by_method in found.differences.items()
-    ]
-    if len(found.rows) > 1 and not said:
-        said = ["Besides the method's own settings and the seed, nothing differs."]
-    return said + [f"left out, not finished: {name}" for name in found.left_out]
-
-
-def render(found: Comparison, console: Console) -> None:
-    """The table in a terminal."""
-    from rich.table import Table
-
-    console.print(budget_line(found), highlight=False)
-    shown = Table(caption=CAPTION, caption_justify="left")
-    for place, name in enumerate(HEAD):
-        shown.add_column(name, justify="right" if place else "left")
-    for row in found.rows.itertuples():
-        shown.add_row(*cells(row))
-    console.print(shown)
-    for note in notes(found):
-        console.print(note, highlight=False)

@@ -1,0 +1,141 @@
+"""What runs were given and what they spent, and whether that was equal.
+
+Tokens of the teacher are those that it read or wrote: scored, read before a continuation, and the larger of decoded and
+written, since what it writes into a rollout it decodes too. What the diagnostics alone asked of it is included.
+
+FLOPs are estimated from token counts and parameter counts N, with 2 N per token forward and 6 N per token trained
+(forward and backward), for U updates per rollout:
+
+    flops = N_student (2 + 6 U) generated tokens  +  2 N_teacher tokens of the teacher
+
+Prompts, evaluations, a reference model and the attention's quadratic part are not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opd_lab.compare.groups import Group
+from opd_lab.tracking import read
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+EQUAL_RATIO = 1.05  # what was spent counts as equal up to this largest / smallest; what was given must be the same
+_TEACHER = tuple(f"cost/teacher_{name}_tokens" for name in ("scored", "prefix", "decoded", "generated"))
+_NEEDS = {  # axis -> metrics that it is made of
+    "steps": (),
+    "student_tokens": ("cost/generated_tokens",),
+    "teacher_tokens": _TEACHER,
+    "seconds": ("time/step_seconds",),
+    "flops": ("cost/generated_tokens", *_TEACHER),
+}
+AXES = tuple(_NEEDS)
+UNITS = {"steps": "steps", "student_tokens": "tokens", "teacher_tokens": "tokens", "seconds": "s", "flops": "FLOP"}
+
+
+def metrics_of(*axes: str) -> set[str]:
+    """The metrics from which `along` makes these axes.
+
+    Raises:
+        ValueError: an unknown axis.
+    """
+    if unknown := [axis for axis in axes if axis not in _NEEDS]:
+        raise ValueError(f"x must be one of {', '.join(AXES)}, got {unknown[0]}")
+    return {name for axis in axes for name in _NEEDS[axis]}
+
+
+def along(axis: str, metrics: DataFrame, folder: Path) -> Any:
+    """What one run had spent after each step: a series by step, from its rows of `read.metrics`. 0 at step 0.
+
+    Raises:
+        ValueError: an axis whose metrics or parameter counts the run did not log.
+    """
+    wide: Any = metrics.pivot_table(index="step", columns="name", values="value", aggfunc="last")
+    if axis == "steps":
+        return wide.index.to_series()
+    first = _NEEDS[axis][0]
+    if first not in wide:
+        raise ValueError(f"x={axis} needs {first}, which {folder.name} did not log; take x=steps, or run it again")
+    if axis == "seconds":
+        return wide[first].fillna(0.0).cumsum()
+    totals = wide.reindex(columns=["cost/generated_tokens", *_TEACHER]).ffill().fillna(0.0)  # not logged: not asked
+    student_tokens = totals["cost/generated_tokens"]
+    scored, prefix, decoded, written = (totals[name] for name in _TEACHER)
+    teacher_tokens = scored + prefix + decoded.clip(lower=written)
+    if axis != "flops":
+        return student_tokens if axis == "student_tokens" else teacher_tokens
+    said = read.status(folder)
+    try:
+        student, of_teacher = (int(said["tags"][f"{name}_parameters"]) for name in ("student", "teacher"))
+    except KeyError as missing:
+        raise ValueError(
+            f"x=flops needs the tag {missing.args[0]}, which {folder.name} has not; take x=student_tokens, or run it "
+            "again"
+        ) from None
+    updates = said["params"]["optim.updates_per_rollout"]
+    return student * (2 + 6 * updates) * student_tokens + 2 * of_teacher * teacher_tokens
+
+
+@dataclass(frozen=True)
+class Equality:
+    """One quantity over all methods."""
+
+    quantity: str
+    kind: str  # given | spent
+    least: float
+    least_method: str
+    most: float
+    most_method: str
+
+    @property
+    def ratio(self) -> float:
+        return self.most / self.least if self.least else (float("inf") if self.most else 1.0)
+
+    @property
+    def equal(self) -> bool:
+        return self.ratio <= (EQUAL_RATIO if self.kind == "spent" else 1.0)
+
+    def __str__(self) -> str:
+        if self.equal:
+            middle = self.least if self.kind == "given" else (self.least + self.most) / 2
+            return f"{self.quantity} {'' if self.kind == 'given' else 'about '}{middle:,.0f}"
+        return (
+            f"{self.quantity} {self.kind}: {self.least:,.0f} ({self.least_method}) to {self.most:,.0f} "
+            f"({self.most_method}), ratio {self.ratio:.2f}"
+        )
+
+
+_GIVEN: dict[str, Callable[[dict[str, Any]], float]] = {
+    "steps": lambda p: p["steps"],
+    "prompts": lambda p: p["steps"] * p["rollout.prompts"],
+    "rollouts": lambda p: p["steps"] * p["rollout.prompts"] * p["rollout.per_prompt"],
+    "response limit": lambda p: p["rollout.max_tokens"],
+    "updates": lambda p: p["steps"] * p["optim.updates_per_rollout"],
+}
+_SPENT = {"student tokens": "student_tokens", "teacher tokens": "teacher_tokens", "seconds": "seconds"}
+
+
+def equalities(found: list[Group], rows: DataFrame) -> list[Equality]:
+    """What the methods were given, from their params, and what they spent, from the table's rows; a quantity that some
+    method does not state is left out."""
+    labels = [group.label for group in found]
+    values = {(name, "given"): [_stated(given, group.params) for group in found] for name, given in _GIVEN.items()}
+    values |= {(name, "spent"): rows[column].tolist() for name, column in _SPENT.items()}
+    out = []
+    for (name, kind), by_method in values.items():
+        if any(value != value for value in by_method):
+            continue
+        least, most = (pick(range(len(labels)), key=by_method.__getitem__) for pick in (min, max))
+        out.append(Equality(name, kind, by_method[least], labels[least], by_method[most], labels[most]))
+    return out
+
+
+def _stated(given: Callable[[dict[str, Any]], float], params: dict[str, Any]) -> float:
+    try:
+        return float(given(params))
+    except KeyError:
+        return float("nan")

@@ -1,0 +1,74 @@
+"""Which runs are one method: those that differ by their seed only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd_lab.tracking import read
+
+Status = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ by their seed only."""
+
+    label: str
+    folders: list[Path]
+    params: dict[str, Any]  # without the seed
+
+
+def groups(runs: read.Runs, statuses: Collection[str] | None = ("FINISHED",)) -> list[Group]:
+    """The runs of these statuses (None: any) by method, in the order in which they started. Variants of a method are
+    told apart by their own settings."""
+    said = {folder: read.status(folder) for folder in read.folders(runs)}
+    chosen = sorted(
+        (f for f in said if statuses is None or said[f]["status"] in statuses), key=lambda f: said[f]["started"]
+    )
+    pooled: dict[str, list[Path]] = {}
+    for folder in chosen:
+        pooled.setdefault(setting(said[folder]), []).append(folder)
+    names = [method_name(said[folders[0]]) for folders in pooled.values()]
+    out = []
+    for name, (text, folders) in zip(names, pooled.items()):
+        alike = [json.loads(other) for other, n in zip(pooled, names) if n == name]
+        apart = [f"{key.removeprefix('method.')}={json.loads(text).get(key)}" for key in differing(alike)]
+        out.append(Group(" ".join([name, *apart]), folders, json.loads(text)))
+    return out
+
+
+def setting(said: Status) -> str:
+    """What all seeds of a method have in common, as text."""
+    params = said["params"]
+    return json.dumps(
+        {k: v for k, v in params.items() if k != "seed" and not k.startswith("tracking.")}, sort_keys=True
+    )
+
+
+def method_name(said: Status) -> str:
+    return said["tags"].get("method", said["name"])
+
+
+def differing(params: list[dict[str, Any]]) -> list[str]:
+    """The keys that are not the same in all."""
+    keys = sorted({key for one in params for key in one})
+    return [key for key in keys if len({json.dumps(one.get(key)) for one in params}) > 1]
+
+
+def settings_tried(found: list[Group]) -> dict[str, int]:
+    """method -> settings of it that were tried in the experiments of these runs, shown or not: the budget of choosing.
+
+    Runs that failed do not count, for they gave no number to choose by.
+    """
+    experiments = {folder.parent for group in found for folder in group.folders}
+    tried: dict[str, set[str]] = {}
+    for status in (path for experiment in experiments for path in experiment.glob("*/status.json")):
+        said = read.status(status.parent)
+        if said["status"] != "FAILED":
+            tried.setdefault(method_name(said), set()).add(setting(said))
+    names = {method_name(read.status(group.folders[0])) for group in found}
+    return {name: len(tried[name]) for name in sorted(names)}

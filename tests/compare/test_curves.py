@@ -1,0 +1,48 @@
+"""Curves with bands over seeds, on axes of what was spent."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from opd_lab.compare.budget import AXES
+from opd_lab.compare.curves import COLUMNS, curves
+from tests.compare.made_up import a_run
+
+
+def test_mean_and_band_by_hand(tmp_path: Path) -> None:
+    a_run(tmp_path, "opd", 1, [4, 2], tokens=100)
+    a_run(tmp_path, "opd", 2, [2, 0], tokens=300)
+    found = curves(tmp_path, "eval/test/reverse_kl_mean_nats", "student_tokens")
+    assert list(found.columns) == list(COLUMNS)
+    first, last = found.to_dict("records")
+    assert (first["step"], first["x"], first["mean"], first["seeds"]) == (0, 0, 0.5, 2)
+    assert (last["step"], last["x"]) == (2, 400)  # the mean of 200 and 600
+    assert (last["lowest"], last["highest"]) == pytest.approx((0.1, 0.3))
+    half = 12.706205 * 0.1  # t(1), standard error of .1 and .3
+    assert (last["low"], last["high"]) == pytest.approx((0.2 - half, 0.2 + half))
+
+
+def test_every_axis_counts_what_was_spent(tmp_path: Path) -> None:
+    run = a_run(tmp_path, "opd", 0, [4, 2], tokens=100)
+    expected = {"steps": 2, "student_tokens": 200, "teacher_tokens": 100, "seconds": 6, "flops": 8 * 2000 + 2 * 1e5}
+    assert set(expected) == set(AXES)
+    for axis, value in expected.items():
+        found = curves(run, "kl/reverse_mean_nats", axis)
+        assert found.x.to_list() == [0, value / 2, value], axis
+        assert math.isnan(found.low[0])  # one seed
+
+
+def test_running_seeds_count_where_they_are(tmp_path: Path) -> None:
+    a_run(tmp_path, "opd", 0, [4, 2], status="RUNNING")
+    assert len(curves(tmp_path, "kl/reverse_mean_nats")) == 3
+
+
+def test_what_cannot_be_drawn_is_refused_by_name(tmp_path: Path) -> None:
+    a_run(tmp_path, "opd", 0, [4, 2])
+    with pytest.raises(ValueError, match="x must be one of steps, student_tokens, teacher_tokens, seconds, flops, got"):
+        curves(tmp_path, "kl/reverse_mean_nats", "dollars")
+    with pytest.raises(ValueError, match="kl/nothing was logged by none of the runs of opd"):
+        curves(tmp_path, "kl/nothing")
