@@ -32,6 +32,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     _stability(_question(rock, "stability", "how many prompts does the list need, and do other seeds find the same?"))
     _knockout(_question(rock, "knockout", "does the student need its rocks? Accuracy without each of them"))
     _question(rock, "figures", "draw every picture again from the tables that the others left")
+    _recovery(_question(questions, "recovery", "can the teacher still rescue a wrong response? (SCOPE, figure 1b)"))
+    _continuation(_question(questions, "continuation", "are a blend's prefixes better to go on from? (TRB, figure 4)"))
+    _phases(_question(questions, "phases", "what happens before, in and after a stretch of low divergence? (KAT)"))
 
 
 def answer(given: argparse.Namespace) -> int:
@@ -152,3 +155,42 @@ def _knockout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draws", type=int, default=5, help="random orders of the cumulative curve")
     parser.add_argument("--after", type=int, metavar="STEP", help="checkpoint of the corpus; its last")
     parser.add_argument("--seed", type=int, default=0, help="of the orders")
+
+
+def _sampled(parser: argparse.ArgumentParser, checkpoint: str, problems: int, rollouts: int) -> None:
+    parser.add_argument("--checkpoint", default=checkpoint, help="a step, final, best; 0: untrained")
+    parser.add_argument("--problems", type=int, default=problems, help="held-out problems, at most")
+    parser.add_argument("--data-split", default="test", choices=("validation", "test"))
+    parser.add_argument("--rollouts", type=int, default=rollouts, help="per problem")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+
+
+def _recovery(parser: argparse.ArgumentParser) -> None:
+    _sampled(parser, checkpoint="0", problems=200, rollouts=4)
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.2, 0.4, 0.6, 0.8], help="of the characters")
+    parser.add_argument("--continuations", type=int, default=4, help="per wrong response and fraction")
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--top-k", type=int, default=20, help="tokens")
+    parser.add_argument("--boundary", help="what ends a step; a comma in the lab, else the end of a line")
+
+
+def _continuation(parser: argparse.ArgumentParser) -> None:
+    _sampled(parser, checkpoint="0", problems=200, rollouts=2)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4, 8, 12, 16, 20], help="of the prefixes, tokens")
+    parser.add_argument("--continuations", type=int, default=2, help="per prefix and writer")
+    parser.add_argument("--budget", type=float, help="nats per token; the run's own blend at its first step")
+
+
+def _phases(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoints", nargs="+", default=["0", "final"], help="steps, final, best; 0: untrained")
+    parser.add_argument("--problems", type=int, default=200, help="held-out problems, a rollout each")
+    parser.add_argument("--data-split", default="test", choices=("validation", "test"))
+    parser.add_argument("--window", type=int, help="tokens; the run's own where its method is KAT, else 6")
+    parser.add_argument("--consecutive", type=int, help="windows; likewise, else 2")
+    parser.add_argument("--exempt", type=int, help="first tokens that no window touches; likewise, else 4")
+    parser.add_argument("--eta", type=float, help="the threshold is the 1 - eta quantile of minima; likewise, else 0.3")
+    parser.add_argument("--threshold", type=float, help="nats, in place of that quantile")
+    parser.add_argument("--rank", type=int, default=4, help="directions of the change of a weight matrix")
+    parser.add_argument("--top", type=int, default=5, help="tokens that the teacher wants, per phase")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")

@@ -101,6 +101,21 @@ def grade(response: str, answer: str) -> float:
     return float(response.split()[-2:] == ["answer", answer])
 
 
+def first_slip(prompt: str, response: str) -> int | None:
+    """The place of the first word that no correct solution has there, whatever its connectives; None without one."""
+    value, wanted = int(prompt.split()[1]), []
+    for symbol, operand in _steps(prompt):
+        result = apply(value, symbol, operand)
+        wanted += [CONNECTIVES, value, SPELLED[symbol], operand, "makes", result, ","]
+        value = result
+    wanted += ["answer", value]
+    for place, word in enumerate(response.split()):
+        allowed = wanted[place] if place < len(wanted) else ()
+        if word not in (allowed if isinstance(allowed, tuple) else (str(allowed),)):
+            return place
+    return None
+
+
 def apply(value: int, symbol: str, operand: int) -> int:
     """One operation modulo 100."""
     return {"+": value + operand, "-": value - operand, "*": value * operand}[symbol] % MODULUS

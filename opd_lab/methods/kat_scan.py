@@ -70,9 +70,15 @@ class Phases(NamedTuple):
 
 
 def phases(batch: Batch) -> Phases:
-    kept_B1, end_B1 = batch.consulted["kept"][:, None], batch.consulted["end"][:, None]
-    t_T = torch.arange(batch.rollouts.source_BT.shape[1], device=kept_B1.device)
-    there_BT = t_T < batch.rollouts.generated_B[:, None]
+    columns = batch.rollouts.source_BT.shape[1]
+    return split(batch.consulted["kept"], batch.consulted["end"], batch.rollouts.generated_B, columns)
+
+
+def split(kept_B: Tensor, end_B: Tensor, generated_B: Tensor, columns: int) -> Phases:
+    """The phases of rollouts of which so many tokens are kept, and whose low windows end before token `end_B`."""
+    kept_B1, end_B1 = kept_B[:, None], end_B[:, None]
+    t_T = torch.arange(columns, device=kept_B1.device)
+    there_BT = t_T < generated_B[:, None]
     return Phases(there_BT & (t_T < kept_B1), there_BT & (t_T >= kept_B1) & (t_T < end_B1), there_BT & (t_T >= end_B1))
 
 

@@ -41,6 +41,7 @@ def scores(types: Frame) -> Figure:
         name(panel, row.text, row.count, row.kl_mean_nats)
     panel.set(xscale="log", xlabel="occurrences", ylabel="mean KL(student || teacher), nats")
     panel.set_yscale("symlog", linthresh=1e-2)
+    panel.set_ylim(0, 2 * types["kl_mean_nats"].max())
     panel.legend(fontsize=7)
     return figure
 
