@@ -285,6 +285,7 @@ def test_company_of_a_token():
 # all of them, as commands
 
 
+@pytest.mark.slow
 def test_every_question_leaves_its_tables_pictures_and_text(folder, capsys):
     for words in (
         ["context", "--k", 3, "--context", "token_overlap"],
