@@ -26,6 +26,7 @@ BINS: dict[str, list[float]] = {
     "gap_nats": _mirrored(_below(_log(-3, 2, 6), 50.0)),
     "entropy_nats": _below(_log(-4, 2, 6), 15.0),
     "weight_ratio": _log(-3, 3, 6),
+    "importance_ratio": [10 ** (1 / 12) * edge for edge in _log(-3, 3, 6)],  # 1 lies in the middle of a bin
     "count": [0.0, *(2.0**i for i in range(20))],  # 0, 1, 2, 3-4, 5-8, ...
     "signed": _mirrored(_log(-6, 6, 3)),  # anything else, such as a method's own tensors
 }

@@ -154,6 +154,8 @@ def check(s: RunSettings) -> None:
         ("checkpoint.every", s.checkpoint.every, 0),
         ("checkpoint.keep_last", s.checkpoint.keep_last, 1),
         ("diagnostics.every", s.diagnostics.every, 0),
+        ("diagnostics.quadrant_windows", s.diagnostics.quadrant_windows, 1),
+        ("diagnostics.rollout_records", s.diagnostics.rollout_records, 0),
         ("diagnostics.probe_rollouts", s.diagnostics.probe_rollouts, 0),
         ("diagnostics.probe_shown", s.diagnostics.probe_shown, 0),
         ("diagnostics.estimator_rollouts", s.diagnostics.estimator_rollouts, 0),
@@ -173,6 +175,8 @@ def check(s: RunSettings) -> None:
         ("rollout.top_p", s.rollout.top_p),
         ("evaluate.top_p", s.evaluate.top_p),
         ("diagnostics.high_loss_quantile", s.diagnostics.high_loss_quantile),
+        ("diagnostics.quadrant_high_quantile", s.diagnostics.quadrant_high_quantile),
+        ("diagnostics.quadrant_improvement_quantile", s.diagnostics.quadrant_improvement_quantile),
     ):
         if not 0 < value <= 1:
             raise ValueError(f"{name} must be in (0, 1], got {value}")

@@ -115,6 +115,10 @@ class DiagnosticsSettings:
     high_loss_quantile: float  # tokens above this quantile of a step's KL are high-loss tokens
     high_loss_window: int  # steps per window of the persistence: in how many of the last 16 was a token type high
     high_loss_rows: int  # token types shown in the high-loss table
+    quadrant_windows: int  # first windows of a token type held against as many last ones
+    quadrant_high_quantile: float  # of the types' first KL: from here on a type was hard
+    quadrant_improvement_quantile: float  # of what the types improved: below, a hard type has stayed hard
+    rollout_records: int  # rollouts of a step that get a row of numbers, at every step
     sample_rollouts: int  # rollouts kept with per-token arrays, at every `every`-th step
     probe_rollouts: int  # rollouts of the initial student on validation prompts, scored at every evaluation
     probe_shown: int  # of these kept with per-token arrays, each time

@@ -1,7 +1,7 @@
 """Batch -> Report: the same questions to every method, answered from the signals recorded on the chunk.
 
-Scalars come at every step; histograms, the profile over positions, the high-loss token types and sampled rollouts with
-their per-token arrays at every `settings.every`-th.
+Scalars and a row per rollout come at every step; histograms, the profiles over positions, the high-loss token types and
+sampled rollouts with their per-token arrays at every `settings.every`-th.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from opd_lab.diagnostics.high_loss import Decode, HighLoss
 from opd_lab.diagnostics.histograms import count
-from opd_lab.diagnostics.positions import profile
+from opd_lab.diagnostics.positions import absolute_profile, profile
+from opd_lab.diagnostics.records import records
 from opd_lab.diagnostics.samples import sample
-from opd_lab.diagnostics.summary import RECORD, gap_BT, scalars, total_weight_BT
+from opd_lab.diagnostics.summary import RECORD, gap_BT, ratio_BT, scalars, total_weight_BT
 from opd_lab.settings import DiagnosticsSettings
 from opd_lab.types import ENTROPY_STUDENT, ENTROPY_TEACHER, FORWARD_KL, RANK_TEACHER, REVERSE_KL, Batch, Report
 
@@ -44,6 +45,7 @@ def observe(
     report = Report(batch.step, scalars(batch, weights, settings.high_loss_quantile))
     own = {name: float(value) for name, value in metrics.items() if not _is_histogram(value)}
     report.scalars |= {name: value for name, value in own.items() if not math.isnan(value)}
+    report.tables["rollout_records"] = records(batch, settings.rollout_records)
     if not due(batch.step, settings.every):
         return report
     mask_BT = batch.rollouts.mask_BT
@@ -51,6 +53,7 @@ def observe(
         if signal in batch.signals:
             report.histograms[name] = count(batch[signal][mask_BT], bins)
     report.histograms["gap/sampled_nats"] = count(gap_BT(batch)[mask_BT], "gap_nats")
+    report.histograms["importance/sampled_ratio"] = count(ratio_BT(batch)[mask_BT], "importance_ratio")
     report.histograms["rollout/length_tokens"] = count(batch.rollouts.length_B, "count")
     if weights:
         report.histograms["weight/total_ratio"] = count(total_weight_BT(weights)[mask_BT], "weight_ratio")
@@ -60,6 +63,7 @@ def observe(
         if _is_histogram(value):
             report.histograms[name] = count(value, "signed")  # pyright: ignore[reportArgumentType]
     report.tables["positions"] = profile(batch)
+    report.tables["positions_absolute"] = absolute_profile(batch)
     report.tables["high_loss_tokens"] = [
         {"step": batch.step, **row} for row in high_loss.table(decode, settings.high_loss_rows)
     ]

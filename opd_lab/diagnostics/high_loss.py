@@ -4,7 +4,7 @@ Per token type: how often it was written, its KL (mean, spread, maximum), its sh
 tokens, what both models thought of it, where it stood, the most extreme example in context, and its persistence: in
 how many of the last windows of training its mean KL was high. High in a window are the types with the largest mean KL
 that together hold a share 1 - quantile of its tokens (the type on the border included, so a frequent type can be high),
-as far as they lie above the window's own mean.
+as far as they lie above the window's own mean. What became of a type over the run: `quadrants.py`.
 
 All sums are float64 on the CPU, so neither the device nor a restart changes them.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from opd_lab.diagnostics.positions import relative_BT
+from opd_lab.diagnostics.quadrants import Quadrants
 from opd_lab.types import (
     ENTROPY_STUDENT,
     ENTROPY_TEACHER,
@@ -37,8 +38,8 @@ Decode = Callable[[list[int]], str]
 class HighLoss:
     """Accumulators over `vocabulary` token types; a window is `window` steps long."""
 
-    def __init__(self, vocabulary: int, *, quantile: float, window: int) -> None:
-        self._quantile, self._window = quantile, max(window, 1)
+    def __init__(self, vocabulary: int, *, quantile: float, window: int, quadrants: Quadrants) -> None:
+        self._quantile, self._window, self._quadrants = quantile, max(window, 1), quadrants
         self._sums = {name: torch.zeros(vocabulary, dtype=torch.float64) for name in _SUMMED}
         self._kl_max_V = torch.full((vocabulary,), -torch.inf, dtype=torch.float64)
         self._example_VC = torch.full((vocabulary, BEFORE + 1 + AFTER), NOTHING, dtype=torch.int32)
@@ -106,6 +107,7 @@ class HighLoss:
             high_V = (mean_V >= mean_S[border]) & (mean_V > middle)
             self._high_V = (self._high_V << 1 | high_V.long()) & ((1 << WINDOWS) - 1)
             self._windows += 1
+            self._quadrants.add(self._window_count_V, self._window_kl_V)
         self._window_count_V.zero_()
         self._window_kl_V.zero_()
         self._steps = 0
@@ -138,9 +140,10 @@ class HighLoss:
                 "position_mean_fraction": float(mean["position"][v]),
                 "persistence_windows": int(times_V[v]),
                 "windows": min(self._windows, WINDOWS),
+                **quadrant,
                 "example": self._example(decode, v),
             }
-            for place, v in enumerate(top)
+            for place, (v, quadrant) in enumerate(zip(top, self._quadrants.columns(top)))
         ]
 
     def _example(self, decode: Decode, v: int) -> str:
@@ -151,7 +154,8 @@ class HighLoss:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and ints only."""
         fields = {name: getattr(self, f"_{name}") for name in _STATE}
-        return fields | {f"sum_{name}": sum_V for name, sum_V in self._sums.items()}
+        sums = {f"sum_{name}": sum_V for name, sum_V in self._sums.items()}
+        return fields | sums | {"quadrants": self._quadrants.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if len(state["kl_max_V"]) != len(self._kl_max_V):
@@ -161,6 +165,7 @@ class HighLoss:
             value = state[name]
             setattr(self, f"_{name}", value.clone() if isinstance(value, Tensor) else value)
         self._sums = {name: state[f"sum_{name}"].clone() for name in _SUMMED}
+        self._quadrants.load_state_dict(state["quadrants"])
 
 
 _SUMMED = ("count", "kl", "kl_square", "p_student", "p_teacher", "entropy_student", "entropy_teacher", "position")

@@ -1,14 +1,16 @@
-"""Where in a response the two models disagree: a profile over ten equal stretches of each rollout."""
+"""Where in a response the two models disagree: over equal stretches of each rollout, and by distance from its start."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from opd_lab.types import ENTROPY_STUDENT, ENTROPY_TEACHER, REVERSE_KL, Batch
+from opd_lab.types import ENTROPY_STUDENT, ENTROPY_TEACHER, FORWARD_KL, REVERSE_KL, Batch
 
 DECILES = 10
+BEGINS = [0, *(2**i for i in range(20))]  # tokens: the absolute bins are 0, 1, 2-3, 4-7, ...; the last is open
 
 
 def rank_BT(mask_BT: Tensor) -> Tensor:
@@ -25,19 +27,41 @@ def profile(batch: Batch) -> list[dict[str, Any]]:
     """One row per decile of the relative position that holds a token: its tokens and the means of their signals."""
     mask_BT = batch.rollouts.mask_BT
     decile_BT = DECILES * rank_BT(mask_BT) // mask_BT.sum(1, keepdim=True).clamp(min=1)
-    rows = []
-    for decile in range(DECILES):
-        here_BT = mask_BT & (decile_BT == decile)
-        row: dict[str, Any] = {"step": batch.step, "decile": decile, "tokens": int(here_BT.sum())}
-        for name, signal in _SHOWN.items():
-            if signal in batch.signals:
-                row[name] = float(batch[signal][here_BT].double().nanmean())
-        rows.append(row)
-    return [row for row in rows if row["tokens"]]
+    return [{"step": batch.step, "decile": decile, **row} for decile, row in _rows(batch, decile_BT[mask_BT], DECILES)]
+
+
+def absolute_profile(batch: Batch) -> list[dict[str, Any]]:
+    """One row per stretch begin <= position < end that holds a token; `end_tokens` is None in the last, open one."""
+    mask_BT = batch.rollouts.mask_BT
+    begin_K = torch.tensor(BEGINS, device=mask_BT.device)
+    bin_N = torch.bucketize(rank_BT(mask_BT)[mask_BT], begin_K, right=True) - 1
+    ends = [*BEGINS[1:], None]
+    return [
+        {"step": batch.step, "begin_tokens": BEGINS[k], "end_tokens": ends[k], **row}
+        for k, row in _rows(batch, bin_N, len(BEGINS))
+    ]
+
+
+def _rows(batch: Batch, bin_N: Tensor, bins: int) -> list[tuple[int, dict[str, Any]]]:
+    """The bins that hold a token: how many, and the means of the signals over those that have one."""
+    count_K = bin_N.bincount(minlength=bins).tolist()
+    means: dict[str, list[float]] = {}
+    for name, signal in _SHOWN.items():
+        if signal in batch.signals:
+            value_N = batch[signal][batch.rollouts.mask_BT].double()
+            there_N = ~value_N.isnan()
+            sum_K = bin_N[there_N].bincount(value_N[there_N], minlength=bins)
+            means[name] = (sum_K / bin_N[there_N].bincount(minlength=bins)).tolist()
+    return [
+        (k, {"tokens": count_K[k], **{name: mean_K[k] for name, mean_K in means.items()}})
+        for k in range(bins)
+        if count_K[k]
+    ]
 
 
 _SHOWN = {
     "kl_reverse_mean_nats": REVERSE_KL,
+    "kl_forward_mean_nats": FORWARD_KL,
     "entropy_student_mean_nats": ENTROPY_STUDENT,
     "entropy_teacher_mean_nats": ENTROPY_TEACHER,
 }

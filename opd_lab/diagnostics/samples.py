@@ -13,8 +13,10 @@ from opd_lab.diagnostics.summary import total_weight_BT
 from opd_lab.types import (
     ENTROPY_STUDENT,
     ENTROPY_TEACHER,
+    FORWARD_KL,
     LOGP_STUDENT,
     LOGP_TEACHER,
+    RANK_TEACHER,
     REVERSE_KL,
     Batch,
     Rollouts,
@@ -25,6 +27,8 @@ _SHOWN = {
     "logp_student": LOGP_STUDENT,
     "logp_teacher": LOGP_TEACHER,
     "reverse_kl": REVERSE_KL,
+    "forward_kl": FORWARD_KL,
+    "rank_teacher": RANK_TEACHER,
     "entropy_student": ENTROPY_STUDENT,
     "entropy_teacher": ENTROPY_TEACHER,
 }

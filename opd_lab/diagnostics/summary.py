@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from opd_lab.diagnostics.records import repeats
 from opd_lab.diagnostics.support import support
 from opd_lab.types import (
     ENTROPY_STUDENT,
@@ -103,6 +104,13 @@ def gap_BT(batch: Batch) -> Tensor:
     return torch.full_like(logp_BT, torch.nan) if logq_BT is None else logp_BT - logq_BT
 
 
+def ratio_BT(batch: Batch) -> Tensor:
+    """p_student / p of whoever sampled the token: 1 on the student's own untempered tokens, but for rounding, until it
+    has moved. NaN where the sampler left no probability."""
+    logp_BT = batch.signals.get(LOGP_STUDENT, batch.rollouts.logp_BT)
+    return (logp_BT - batch.rollouts.behavior_logp_BT).exp()
+
+
 def total_weight_BT(weights: Mapping[str, Tensor]) -> Tensor:
     """A token's weight, summed over the terms."""
     return torch.stack([weight_BT.double() for weight_BT in weights.values()]).sum(0)
@@ -131,8 +139,9 @@ def _rollouts(rollouts: Rollouts) -> dict[str, float]:
     reward_N = rollouts.reward_B[~rollouts.reward_B.isnan()]
     if len(reward_N):
         out["rollout/reward_mean_fraction"] = float(reward_N.double().mean())
-    if (repeated := repetition(rollouts.response_BT, rollouts.mask_BT)) is not None:
-        out["rollout/repetition_fraction"] = repeated
+    repeated_B, grams_B = repeats(rollouts.response_BT, rollouts.mask_BT)
+    if bool(grams_B.any()):
+        out["rollout/repetition_fraction"] = int(repeated_B.sum()) / int(grams_B.sum())
     return out
 
 
@@ -147,20 +156,3 @@ def spent(batch: Batch, *, scored: bool) -> dict[str, int]:
         "teacher_generated_tokens": int((rollouts.source_BT == Source.TEACHER).sum()),
     }
     return cost | {name: cost.get(name, 0) + count for name, count in batch.cost.items()}
-
-
-def repetition(ids_BT: Tensor, mask_BT: Tensor) -> float | None:
-    """The share of 4-grams that their rollout has seen before; None where no rollout has four tokens."""
-    whole_BG = mask_BT[:, 3:] & mask_BT[:, 2:-1] & mask_BT[:, 1:-2] & mask_BT[:, :-3]
-    if not bool(whole_BG.any()):
-        return None
-    two_BG = _numbered(ids_BT[:, :-1], ids_BT[:, 1:])
-    four_BG = _numbered(two_BG[:, :-2], two_BG[:, 2:])
-    row_B1 = torch.arange(len(ids_BT), device=ids_BT.device)[:, None]
-    kinds = _numbered(row_B1.expand_as(four_BG), four_BG)[whole_BG].unique().numel()
-    return 1 - kinds / int(whole_BG.sum())
-
-
-def _numbered(left: Tensor, right: Tensor) -> Tensor:
-    """A number for each pair, equal for equal pairs, and small, so that numbers can be paired again."""
-    return torch.unique(left.long() * (int(right.max()) + 1) + right.long(), return_inverse=True)[1]

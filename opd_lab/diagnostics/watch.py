@@ -10,6 +10,7 @@ from torch import Tensor
 from opd_lab.diagnostics import estimators, observe, probe
 from opd_lab.diagnostics.alerts import Alarms
 from opd_lab.diagnostics.high_loss import Decode, HighLoss
+from opd_lab.diagnostics.quadrants import Quadrants
 from opd_lab.models import LM
 from opd_lab.rollout.torch_engine import TorchEngine
 from opd_lab.settings import RunSettings
@@ -23,7 +24,15 @@ class Watch:
     def __init__(self, settings: RunSettings, prompts: list[list[int]], vocabulary: int, decode: Decode) -> None:
         self._settings, self._prompts, self._decode = settings, prompts, decode
         d = settings.diagnostics
-        self.high_loss = HighLoss(vocabulary, quantile=d.high_loss_quantile, window=d.high_loss_window)
+        quadrants = Quadrants(
+            vocabulary,
+            windows=d.quadrant_windows,
+            high=d.quadrant_high_quantile,
+            improvement=d.quadrant_improvement_quantile,
+        )
+        self.high_loss = HighLoss(
+            vocabulary, quantile=d.high_loss_quantile, window=d.high_loss_window, quadrants=quadrants
+        )
         accuracy = f"eval/validation/avg_at_{settings.evaluate.samples}"
         self.alarms = Alarms(d.alarms, accuracy, settings.optim.clip_norm or 0.0)
         self.probe: Rollouts | None = None  # off, or not begun

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opd_lab.diagnostics import RECORD
+from opd_lab.diagnostics import RECORD, HighLoss
+from opd_lab.diagnostics.quadrants import Quadrants
 from opd_lab.types import REVERSE_KL, Batch, Rollouts, Signal, Source
 
 NAN = float("nan")
@@ -45,3 +46,9 @@ def random_batch(seed: int, vocabulary: int = 12, step: int = 0) -> Batch:
     signals = {s: -torch.rand(shape, generator=g) for s in sorted(RECORD, key=str)}
     signals[REVERSE_KL] = (torch.randn(shape, generator=g) * 2).exp().mul(8).round() / 8
     return with_signals(rollouts, signals, step)
+
+
+def high_loss_of(vocabulary: int, *, quantile: float, window: int) -> HighLoss:
+    """The high-loss table with quadrants over two windows."""
+    quadrants = Quadrants(vocabulary, windows=2, high=0.8, improvement=0.2)
+    return HighLoss(vocabulary, quantile=quantile, window=window, quadrants=quadrants)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd_lab.diagnostics.high_loss import WINDOWS, HighLoss
+from opd_lab.diagnostics.high_loss import WINDOWS
 from opd_lab.types import ENTROPY_TEACHER, LOGP_TEACHER, REVERSE_KL, Batch
-from tests.diagnostics.batches import NAN, random_batch, rollouts_of, with_signals
+from tests.diagnostics.batches import NAN, high_loss_of, random_batch, rollouts_of, with_signals
 
 VOCABULARY = 12
 
@@ -39,7 +39,7 @@ def occurrences(batches: list[Batch]) -> dict[int, list[dict[str, float]]]:
 
 def test_the_table_equals_a_naive_recomputation() -> None:
     batches = [random_batch(seed, VOCABULARY) for seed in range(5)]
-    high_loss = HighLoss(VOCABULARY, quantile=0.9, window=2)
+    high_loss = high_loss_of(VOCABULARY, quantile=0.9, window=2)
     for batch in batches:
         high_loss.add(batch)
     naive = occurrences(batches)
@@ -72,7 +72,7 @@ def a_step(kl_by_token: dict[int, list[float]]) -> Batch:
 
 
 def test_persistence_counts_the_windows_in_which_a_type_was_high() -> None:
-    high_loss = HighLoss(VOCABULARY, quantile=0.75, window=2)
+    high_loss = high_loss_of(VOCABULARY, quantile=0.75, window=2)
     # A window is two steps; high are the types with the largest means that hold 1/4 of the tokens.
     for high in (True, False, True):
         high_loss.add(a_step({1: [1.0] * 3, 2: [5.0 if high else 0.5]}))
@@ -84,7 +84,7 @@ def test_persistence_counts_the_windows_in_which_a_type_was_high() -> None:
 
 
 def test_a_frequent_type_can_be_high_and_equal_types_cannot() -> None:
-    high_loss = HighLoss(VOCABULARY, quantile=0.95, window=1)
+    high_loss = high_loss_of(VOCABULARY, quantile=0.95, window=1)
     high_loss.add(a_step({1: [0.1] * 5, 2: [5.0] * 5}))
     high_loss.add(a_step({1: [0.5] * 5, 2: [0.5] * 5}))
     times = {row["id"]: row["persistence_windows"] for row in high_loss.table(decode, 2)}
@@ -92,7 +92,7 @@ def test_a_frequent_type_can_be_high_and_equal_types_cannot() -> None:
 
 
 def test_old_windows_are_forgotten() -> None:
-    high_loss = HighLoss(VOCABULARY, quantile=0.5, window=1)
+    high_loss = high_loss_of(VOCABULARY, quantile=0.5, window=1)
     for step in range(WINDOWS + 5):
         high_loss.add(a_step({1: [1.0] * 3, 2: [9.0 if step < 7 else 0.0]}))
     row = next(row for row in high_loss.table(decode, 2) if row["id"] == 2)
@@ -102,7 +102,7 @@ def test_old_windows_are_forgotten() -> None:
 def test_the_example_is_the_occurrence_with_the_largest_kl_in_its_context() -> None:
     rollouts = rollouts_of([[8, 9], [7], [6]], [[1, 2, 3], [2, 4], [2]])
     kl_BT = torch.tensor([[0.0, 1.0, 0.5], [3.0, 0.0, 0.0], [3.0, 0.0, 0.0]])  # of two equal ones, the first
-    high_loss = HighLoss(VOCABULARY, quantile=0.9, window=1)
+    high_loss = high_loss_of(VOCABULARY, quantile=0.9, window=1)
     high_loss.add(with_signals(rollouts, {REVERSE_KL: kl_BT}))
     examples = {row["id"]: row["example"] for row in high_loss.table(decode, 9)}
     assert examples[2] == "7⟦2⟧4"
@@ -112,13 +112,13 @@ def test_the_example_is_the_occurrence_with_the_largest_kl_in_its_context() -> N
 
 
 def test_restored_from_a_file_it_goes_on_exactly(tmp_path: Path) -> None:
-    whole, first = (HighLoss(VOCABULARY, quantile=0.9, window=3) for _ in range(2))
+    whole, first = (high_loss_of(VOCABULARY, quantile=0.9, window=3) for _ in range(2))
     for seed in range(6):
         whole.add(random_batch(seed))
     for seed in range(4):
         first.add(random_batch(seed))
     torch.save(first.state_dict(), tmp_path / "state.pt")
-    second, third = (HighLoss(VOCABULARY, quantile=0.9, window=3) for _ in range(2))
+    second, third = (high_loss_of(VOCABULARY, quantile=0.9, window=3) for _ in range(2))
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     third.load_state_dict(first.state_dict())
     first.add(random_batch(7))  # does not reach into the copy
@@ -130,17 +130,17 @@ def test_restored_from_a_file_it_goes_on_exactly(tmp_path: Path) -> None:
 
 def test_another_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="counts 5 token types, the models have 12"):
-        HighLoss(12, quantile=0.9, window=1).load_state_dict(HighLoss(5, quantile=0.9, window=1).state_dict())
+        high_loss_of(12, quantile=0.9, window=1).load_state_dict(high_loss_of(5, quantile=0.9, window=1).state_dict())
 
 
 def test_numbers_that_are_not_finite_poison_nothing() -> None:
-    high_loss = HighLoss(VOCABULARY, quantile=0.9, window=1)
+    high_loss = high_loss_of(VOCABULARY, quantile=0.9, window=1)
     high_loss.add(a_step({1: [1.0, NAN, math.inf], 2: [3.0]}))
     rows = {row["id"]: row for row in high_loss.table(decode, 9)}
     assert (rows[1]["count"], rows[1]["kl_mean_nats"], rows[2]["kl_share_fraction"]) == (1, 1.0, 0.75)
 
 
 def test_without_a_teacher_distribution_there_is_no_table() -> None:
-    high_loss = HighLoss(VOCABULARY, quantile=0.9, window=1)
+    high_loss = high_loss_of(VOCABULARY, quantile=0.9, window=1)
     high_loss.add(Batch(rollouts_of([[1]], [[2]]), {}))
     assert high_loss.table(decode, 9) == []

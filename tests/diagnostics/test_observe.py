@@ -7,10 +7,10 @@ import math
 
 import torch
 
-from opd_lab.diagnostics import HighLoss, observe
+from opd_lab.diagnostics import observe
 from opd_lab.settings import DiagnosticsSettings
 from opd_lab.types import REVERSE_KL, Batch, Report, Source
-from tests.diagnostics.batches import random_batch
+from tests.diagnostics.batches import high_loss_of, random_batch
 from tests.diagnostics.test_alerts import SETTINGS as ALARMS
 
 SETTINGS = DiagnosticsSettings(
@@ -18,6 +18,10 @@ SETTINGS = DiagnosticsSettings(
     high_loss_quantile=0.9,
     high_loss_window=5,
     high_loss_rows=3,
+    quadrant_windows=2,
+    quadrant_high_quantile=0.8,
+    quadrant_improvement_quantile=0.2,
+    rollout_records=4,
     sample_rollouts=2,
     probe_rollouts=0,
     probe_shown=0,
@@ -38,7 +42,7 @@ def report_of(batch: Batch) -> Report:
         batch,
         weights,
         settings=SETTINGS,
-        high_loss=HighLoss(12, quantile=0.9, window=5),
+        high_loss=high_loss_of(12, quantile=0.9, window=5),
         decode=decode,
         losses={"opd": batch[REVERSE_KL]},
         metrics={
@@ -50,11 +54,18 @@ def report_of(batch: Batch) -> Report:
 
 
 def test_tables_come_every_so_many_steps_and_scalars_always() -> None:
-    assert report_of(random_batch(0, step=4)).tables == report_of(random_batch(0, step=4)).histograms == {}
+    early = report_of(random_batch(0, step=4))
+    assert set(early.tables) == {"rollout_records"} and early.histograms == {}
     assert report_of(random_batch(0, step=4)).scalars["mine/score_ratio"] == 2.0
     assert "mine/absent_ratio" not in report_of(random_batch(0, step=4)).scalars
     report = report_of(random_batch(0, step=5))
-    assert set(report.tables) == {"positions", "high_loss_tokens", "rollouts"}
+    assert set(report.tables) == {
+        "rollout_records",
+        "positions",
+        "positions_absolute",
+        "high_loss_tokens",
+        "rollouts",
+    }
     assert report.tables["high_loss_tokens"][0]["step"] == 5
     assert len(report.tables["high_loss_tokens"]) == 3
 

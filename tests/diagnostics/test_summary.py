@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opd_lab.diagnostics.positions import profile
-from opd_lab.diagnostics.summary import quantile, repetition, scalars
+from opd_lab.diagnostics.positions import absolute_profile, profile
+from opd_lab.diagnostics.summary import quantile, scalars
 from opd_lab.types import LOGP_STUDENT, LOGP_TEACHER, REVERSE_KL, Batch
 from tests.diagnostics.batches import NAN, random_batch, rollouts_of, with_signals
 
@@ -55,22 +55,6 @@ def test_quantiles_are_values_that_occur() -> None:
     assert [quantile(values_N, q) for q in (0.0, 0.25, 0.5, 0.51, 1.0)] == [1, 1, 2, 3, 4]
 
 
-def test_repeated_four_grams() -> None:
-    # 1 2 3 4 1 2 3 4 1: six 4-grams, the last two seen before; the other rollout's are its own.
-    ids_BT = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4, 1], [1, 2, 3, 4, 0, 0, 0, 0, 0]])
-    mask_BT = ids_BT > 0
-    assert repetition(ids_BT, mask_BT) == pytest.approx(2 / 7)
-    assert repetition(ids_BT[1:, :3], mask_BT[1:, :3]) is None
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_repetition_equals_a_naive_count(seed: int) -> None:
-    ids_BT = torch.randint(0, 3, (5, 30), generator=torch.Generator().manual_seed(seed))
-    grams = [[tuple(row[t : t + 4]) for t in range(27)] for row in ids_BT.tolist()]
-    repeated = sum(len(row) - len(set(row)) for row in grams)
-    assert repetition(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool)) == pytest.approx(repeated / (5 * 27))
-
-
 def test_the_order_of_rollouts_changes_nothing() -> None:
     batch = random_batch(0)
     order_B = torch.tensor([3, 1, 5, 0, 2, 4])
@@ -85,3 +69,19 @@ def test_the_profile_covers_every_token_once() -> None:
     # four tokens: deciles 0 2 5 7; two tokens: deciles 0 5
     assert [(row["decile"], row["tokens"]) for row in rows] == [(0, 2), (2, 1), (5, 2), (7, 1)]
     assert [row["kl_reverse_mean_nats"] for row in rows] == [0.5, 2.0, 3.5, 10.0]
+
+
+def test_the_absolute_profile_counts_from_the_start_of_each_rollout() -> None:
+    rows = absolute_profile(BATCH)  # positions 0 1 2 3 and 0 1; stretches 0, 1, 2-3
+    assert [(row["begin_tokens"], row["end_tokens"], row["tokens"]) for row in rows] == [
+        (0, 1, 2),
+        (1, 2, 2),
+        (2, 4, 2),
+    ]
+    assert [row["kl_reverse_mean_nats"] for row in rows] == [0.5, 3.0, 6.5]
+
+
+def test_a_profile_leaves_out_tokens_without_a_score() -> None:
+    rows = profile(with_signals(ROLLOUTS, {REVERSE_KL: torch.tensor([[NAN, 2.0, 3.0, 10.0], [0.5, NAN, 0.0, 0.0]])}))
+    assert [(row["tokens"], row["kl_reverse_mean_nats"]) for row in rows[:2]] == [(2, 0.5), (1, 2.0)]
+    assert rows[2]["tokens"] == 2 and rows[2]["kl_reverse_mean_nats"] == 3.0
