@@ -12,15 +12,19 @@ from torch import Tensor
 from opd_lab import divergence as d
 from opd_lab.types import LOGP_STUDENT, Signal, hidden
 
+NOWHERE = -1e9  # a logit whose probability is exactly 0 in any type; finite, so that no difference of two is NaN
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Hidden states -> logits, in fp32 or better: softcap(scale * (h W^T + bias))."""
+    """Hidden states -> logits, in fp32 or better: softcap(scale * (h W^T + bias)). The ids of `one_event` are one event
+    to this head: the first holds the mass of all, the others hold none."""
 
     weight_VH: Tensor
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    one_event: tuple[int, ...] = ()
 
     def logits(self, hidden_NH: Tensor, weight_VH: Tensor | None = None, bias_V: Tensor | None = None) -> Tensor:
         weight_VH = self.weight_VH if weight_VH is None else weight_VH
@@ -28,7 +32,16 @@ class Head:
         logits_NV = torch.nn.functional.linear(hidden_NH, weight_VH, bias_V)
         logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
         logits_NV = logits_NV * self.scale if self.scale != 1.0 else logits_NV
-        return self.softcap * torch.tanh(logits_NV / self.softcap) if self.softcap else logits_NV
+        logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap) if self.softcap else logits_NV
+        return merged(logits_NV, self.one_event) if self.one_event else logits_NV
+
+
+def merged(logits_NV: Tensor, ids: tuple[int, ...]) -> Tensor:
+    """The first of these ids with the mass of all, the others with none."""
+    columns_E = torch.tensor(ids, device=logits_NV.device)
+    together_N1 = logits_NV[:, columns_E].logsumexp(-1, keepdim=True)
+    none_NE = together_N1.new_full((len(logits_NV), len(ids) - 1), NOWHERE)
+    return logits_NV.index_copy(1, columns_E, torch.cat([together_N1, none_NE], -1))
 
 
 @dataclass(frozen=True, slots=True)

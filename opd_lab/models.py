@@ -40,6 +40,7 @@ class LM:
     vocabulary: int  # ids in use; logits beyond them are padding and never computed
     scale: float = 1.0  # of the logits
     softcap: float | None = None  # of the logits
+    one_end: tuple[int, ...] = ()  # ids that are one end of a response; the first is the one that is written
 
     @property
     def device(self) -> torch.device:
@@ -61,7 +62,8 @@ class LM:
         linear: Any = self.module.get_output_embeddings()
         bias_V = getattr(linear, "bias", None)
         cut = slice(self.vocabulary)
-        return Head(linear.weight[cut], None if bias_V is None else bias_V[cut], self.scale, self.softcap)
+        bias_V = None if bias_V is None else bias_V[cut]
+        return Head(linear.weight[cut], bias_V, self.scale, self.softcap, self.one_end)
 
     @property
     def pad_id(self) -> int:
@@ -196,7 +198,10 @@ def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def save(lm: LM, folder: Path) -> None:
-    """A folder that `load` and transformers can read."""
+    """A folder that `load` and transformers can read. Where several ids end a response, it says so: the student was
+    taught no preference among ids that were one end."""
+    if len(ends := set(lm.one_end) | lm.stop_ids) > 1 and lm.module.generation_config:
+        lm.module.generation_config.eos_token_id = sorted(ends)
     lm.module.save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
 

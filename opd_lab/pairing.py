@@ -2,7 +2,8 @@
 
 Ids that mean different strings, or logits of different width, give a wrong divergence without any crash, and a student
 that learns an end of text it does not stop at grows without bounds. So all three are compared by content, before the
-first token.
+first token. A base and a chat model end with different ids; that is one event for both (arXiv 2605.31159, where it
+comes from, leaves open whether the mass on the other's end is dropped; here it is added, so none is lost).
 """
 
 from __future__ import annotations
@@ -10,12 +11,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from opd_lab.models import LM, tokenizer_size
 
+STOP_EVENTS = ("merged", "separate")
 
-def match(student: LM, teacher: LM, stop_ids: list[int] | None) -> tuple[LM, LM, list[str]]:
-    """Both models over the same ids, stopping at the same ids, and notes of what that took."""
+
+def match(student: LM, teacher: LM, stop_ids: list[int] | None, stop_event: str) -> tuple[LM, LM, list[str]]:
+    """Both models over the same ids, stopping at the same ids, and notes of what that took. `stop_event` says what
+    becomes of ends that only one of them has: one event for both models, written as the student's own end, or each a
+    token of its own that ends a response."""
+    if stop_event not in STOP_EVENTS:
+        raise ValueError(f"model.stop_event must be one of {', '.join(STOP_EVENTS)}, got {stop_event}")
     _same_tokenizer(student, teacher)
     notes = []
     templates = [str(lm.tokenizer.chat_template or "") for lm in (student, teacher)]
@@ -35,12 +43,26 @@ def match(student: LM, teacher: LM, stop_ids: list[int] | None) -> tuple[LM, LM,
         if not stop_ids or min(stop_ids) < 0 or max(stop_ids) >= student.vocabulary:
             raise ValueError(f"model.stop_ids must name ids below {student.vocabulary}, at least one, got {stop_ids}")
         student, teacher = (replace(lm, stop_ids=frozenset(stop_ids)) for lm in (student, teacher))
-    elif student.stop_ids != teacher.stop_ids or not student.stop_ids:
+        return student, teacher, notes
+    ours, theirs = frozenset(student.one_end) | student.stop_ids, teacher.stop_ids
+    if not ours or not theirs:
         shown = {lm.name: _spelled(lm, lm.stop_ids) for lm in (student, teacher)}
         raise ValueError(
-            f"student and teacher must end a response at the same ids, at least one, got {shown}; the teacher would be "
-            "asked about an end it does not know. Set model.stop_ids to the ids that end a response"
+            f"student and teacher must end a response at some id, got {shown}; set model.stop_ids to the ids that end "
+            "a response"
         )
+    if ours != theirs:
+        notes.append(
+            f"student and teacher end a response at different ids ({_spelled(student, ours)} and "
+            f"{_spelled(teacher, theirs)}): model.stop_event={stop_event}"
+        )
+    if stop_event == "separate" or not (student.one_end or ours != theirs):
+        student, teacher = (replace(lm, stop_ids=ours | theirs) for lm in (student, teacher))
+    else:
+        own: Any = student.tokenizer.eos_token_id
+        end = own if own in student.stop_ids else min(student.stop_ids)
+        one_end = (end, *sorted((ours | theirs) - {end}))
+        student, teacher = (replace(lm, stop_ids=frozenset({end}), one_end=one_end) for lm in (student, teacher))
     return student, teacher, notes
 
 

@@ -90,7 +90,7 @@ def key(settings: RunSettings, parts: Parts) -> str:
         "student": parts.student.digest(),
         "teacher": parts.teacher.digest(),
         "tokenizer": tokenizer_digest(parts.student),
-        "stop_ids": sorted(parts.student.stop_ids),
+        "stop_ids": [sorted(parts.student.stop_ids), *parts.student.one_end],
         "data": [parts.data.digest, hashlib.sha256(repr([e.ids for e in parts.data.train]).encode()).hexdigest()],
         "seed": settings.seed,
     }

@@ -67,7 +67,7 @@ def load_parts(settings: RunSettings, say: Say) -> Parts:
     pair = settings.model
     student = models.load(pair.student, device=pair.device, name="student")
     teacher = models.load(pair.teacher, device=pair.device, name="teacher")
-    student, teacher, notes = pairing.match(student, teacher, pair.stop_ids)
+    student, teacher, notes = pairing.match(student, teacher, pair.stop_ids, pair.stop_event)
     data = prompts.load(settings.data, student.tokenizer)
     for note in [*notes, *data.notes]:
         say(note)
@@ -75,7 +75,7 @@ def load_parts(settings: RunSettings, say: Say) -> Parts:
     parts = Parts(student, LocalTeacher(teacher), engine, data, method)
     if pair.measure is not None:
         measure = models.load(pair.measure, device=pair.device, name="measure")
-        _, measure, _ = pairing.match(student, measure, pair.stop_ids)
+        _, measure, _ = pairing.match(student, measure, pair.stop_ids, pair.stop_event)
         parts = replace(parts, measure=LocalTeacher(measure.freeze()))
     facts = facts_of(settings, parts)
     method.check(facts)
@@ -83,7 +83,7 @@ def load_parts(settings: RunSettings, say: Say) -> Parts:
     needs = parts.method.needs()
     if "reference" in reads(needs.batch | needs.tokens):
         reference = models.load(pair.reference or pair.student, device=pair.device, name="reference")
-        _, reference, _ = pairing.match(student, reference, pair.stop_ids)
+        _, reference, _ = pairing.match(student, reference, pair.stop_ids, pair.stop_event)
         parts = replace(parts, reference=reference.freeze())
     compatible(facts, parts)
     return parts

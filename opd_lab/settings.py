@@ -23,7 +23,8 @@ class PairSettings:
     reference: ModelSettings | None  # for methods with a frozen reference; None = the student's own beginning
     measure: ModelSettings | None  # compared with in evaluations only, for teachers that give no distributions
     device: str  # auto | cpu | cuda | cuda:0 ...
-    stop_ids: list[int] | None  # token ids that end a response; None = both models must agree on them
+    stop_ids: list[int] | None  # token ids that end a response, for both models; None = each model's own
+    stop_event: str  # merged | separate: ends that only one of the models has
 
 
 @dataclass(frozen=True, kw_only=True)

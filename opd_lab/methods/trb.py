@@ -14,11 +14,11 @@ student's own tokens, so it does not depend on which token was sampled, and need
 
 `schedule: constant` never ends: the baseline `fixed_epsilon`. The blend is made over the whole vocabulary, at
 temperature 1; the teacher decodes beside the student while a budget is left, and not at all afterwards.
-Teacher := student gives gradient 0, except for form direct with tail truncate.
+Unlike stop ids are one event, as in the paper, for every method (`model.stop_event`); whether the paper drops the mass
+on the other model's is not said, here it is added. Teacher := student gives gradient 0, except for direct truncate.
 
 Neutral: initial_budget_nats 0 with support full, rollouts bit for bit included.
 Differs: unknown; no released code was seen.
-Differs: the paper folds unlike stop ids of the two models into one event; here the pair must agree on them.
 
 Metrics, absent where nothing is blended but for the first: blend/budget_nats, blend/beta_{mean,p10,p50,p90}_fraction,
 blend/teacher_feasible_fraction (beta 1), blend/budget_active_fraction (0 < beta < 1), blend/deviation_mean_nats
