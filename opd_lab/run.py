@@ -183,7 +183,9 @@ def identity(
     """Who this run is: its params, the conventions of its loss as tags, its models and data by digest."""
     params = flat({k: v for k, v in dataclasses.asdict(settings).items() if k not in ("tracking", "allow")})
     b = settings.rollout
-    tags = parts.method.conventions() | {
+    conventions = parts.method.conventions()
+    tags = conventions | {
+        "conventions": " ".join(conventions),
         "method": method_name,
         "method_status": parts.method.status,
         "paper": parts.method.paper,

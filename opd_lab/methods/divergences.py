@@ -73,7 +73,9 @@ class JSD(Method):
     def conventions(self) -> dict[str, str]:
         ends = {0.0: "forward_kl", 1.0: "reverse_kl"}
         scale = "_unit" if self.scale == "unit" else ""
+        if self.beta in ends:  # a KL, which has no beta
+            return super().conventions() | {"divergence": ends[self.beta]}
         return super().conventions() | {
-            "divergence": ends.get(self.beta, f"jsd_{self.beta:g}{scale}"),
+            "divergence": f"jsd_{self.beta:g}{scale}",
             "beta": "0 forward KL, 1 reverse KL",
         }

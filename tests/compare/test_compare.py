@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 
 from opd_lab.compare.groups import groups
-from opd_lab.compare.guard import same_axis
 from opd_lab.compare.printed import notes, render
 from opd_lab.compare.table import table
 from tests.compare.made_up import a_run
@@ -58,20 +57,6 @@ def test_unfinished_runs_are_left_out_and_named(tmp_path: Path) -> None:
 def test_data_without_answers_give_no_accuracy(tmp_path: Path) -> None:
     (row,) = table(a_run(tmp_path, "opd", 0, [])).rows.to_dict("records")
     assert math.isnan(row["accuracy_after"])
-
-
-def test_unlike_losses_are_refused_by_the_name_of_the_difference(tmp_path: Path) -> None:
-    runs = [a_run(tmp_path, "opd", 0, [1]), a_run(tmp_path, "kat", 0, [1], denominator="rollouts")]
-    with pytest.raises(ValueError, match=r"denominator is the same, got rollouts .*, tokens"):
-        same_axis(runs, "loss/total_value")
-    same_axis(runs, "kl/reverse_mean_nats")
-    same_axis(runs[:1], "loss/total_value")
-
-
-def test_a_convention_that_only_one_run_states_is_a_difference(tmp_path: Path) -> None:
-    runs = [a_run(tmp_path, "opd", 0, [1]), a_run(tmp_path, "kat", 0, [1], beta="0.5")]
-    with pytest.raises(ValueError, match=r"beta is the same, got 0\.5 .*, not said"):
-        same_axis(runs, "loss/total_value")
 
 
 def test_the_terminal_shows_budget_table_and_notes(tmp_path: Path) -> None:

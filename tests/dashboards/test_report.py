@@ -22,7 +22,7 @@ def test_one_file_with_one_plotly_and_no_address(tmp_path: Path) -> None:
     assert len(text) - len(ours) > 4e6
     assert not re.findall(r'(?:src|href)="(?!data:|#)|url\(|https?://(?!arxiv)', ours)
     assert path.stat().st_size < 10e6
-    assert "Not drawn: loss/total_value can share an axis only where denominator is the same" in text
+    assert "Not drawn: loss/total_value can share an axis only where the loss is one quantity" in text
     assert text.index('href="#s0"') < text.index('id="s0"')
     assert path.read_text() == write_report(tmp_path, tmp_path).read_text()
     figures = re.findall(r'<script type="application/json">(.*?)</script>', ours, re.DOTALL)
