@@ -15,7 +15,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -162,6 +163,19 @@ def restore_student(loaded: Loaded, student: Student) -> None:
         )
     for name, value in own.items():
         value.copy_(saved[name])
+
+
+@contextmanager
+def lent(loaded: Loaded, student: Student) -> Iterator[None]:
+    """The student with the weights of a checkpoint; its own wait on the CPU and come back afterwards, bit for bit."""
+    own = {name: _on_cpu(value) for name, value in weights(student).items()}
+    restore_student(loaded, student)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in weights(student).items():
+                value.copy_(own[name])
 
 
 def prune(folder: Path, keep_last: int, best_step: int | None) -> None:

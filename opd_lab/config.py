@@ -192,6 +192,10 @@ def check(s: RunSettings) -> None:
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value}")
+    if s.evaluate.test_best and not s.checkpoint.keep_best:
+        raise ValueError(
+            "evaluate.test_best needs checkpoint.keep_best=true, got false; or set evaluate.test_best=false"
+        )
 
 
 def digest(settings: RunSettings) -> str:

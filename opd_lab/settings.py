@@ -81,6 +81,7 @@ class EvaluateSettings:
     samples: int  # rollouts per problem: k of avg@k and pass@k
     test_problems: int  # test problems, before the first and after the last step
     test_samples: int
+    test_best: bool  # test the checkpoint with the best validation accuracy too
     max_tokens: int
     temperature: float
     top_p: float

@@ -253,9 +253,25 @@ class Trainer:
             found = self.examine(self.parts.data.test[: e.test_problems], e.test_samples)
             report.scalars |= found.scalars("eval/test")
             report.tables["evaluations"].extend(_records(found, "test", self.step))
+            if e.test_best and self.step == self.settings.steps and self.best["step"] is not None:
+                self.test_best(report, found)
         self.watch.examine(report, self.parts.student, self.parts.measuring)
         report.scalars["time/evaluation_seconds"] = time.perf_counter() - begin
         return report
+
+    def test_best(self, report: Report, last: Evaluation) -> None:
+        """The test scores of the checkpoint that validation chose; they are read by nobody but the comparison."""
+        e, best, found = self.settings.evaluate, self.best["step"], last
+        if best != self.step:
+            try:
+                loaded = checkpoint.at_step(self.folder / "checkpoints", best)
+            except ValueError as gone:  # no reason to lose a run that has reached its end
+                self.say(f"the best checkpoint is not tested: {gone}")
+                return
+            with checkpoint.lent(loaded, self.parts.student):
+                found = self.examine(self.parts.data.test[: e.test_problems], e.test_samples)
+            report.tables["evaluations"].extend(_records(found, "test", best))
+        report.scalars |= found.scalars("eval/test_best") | {"eval/test_best/step": float(best)}
 
     def examine(self, examples: list[Example], samples: int) -> Evaluation:
         e, o, p = self.settings.evaluate, self.settings.optim, self.parts

@@ -19,6 +19,7 @@ ZOO = config.PACKAGE / "zoo"
         (["optim.lr=abc"], "optim.lr must be float, got 'abc'"),
         (["steps=2.5"], "steps must be int, got 2.5"),
         (["rollout.temperature=0"], "rollout.temperature must be > 0, got 0"),
+        (["checkpoint.keep_best=false"], "evaluate.test_best needs checkpoint.keep_best=true, got false"),
         (["optim.schedule=step"], "optim.schedule must be one of constant, linear, cosine, got step"),
         (["model.student.path=/nowhere"], "model.student.path = /nowhere is not a folder"),
         (["model=pair"], "model.student.path must be given"),

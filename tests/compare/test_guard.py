@@ -18,7 +18,8 @@ def run_of(home: Path, method: str, **tags: str) -> Path:
     """A run whose tags are those that the method of conf/method/ states."""
     values = yaml.safe_load((config.CONF / "method" / f"{method}.yaml").read_text())
     said: dict[str, Any] = config.method_of(values, []).conventions()
-    return a_run(home, method, 0, [1], conventions=" ".join(said), **(said | tags))
+    said |= {"conventions": " ".join(said), **tags}
+    return a_run(home, method, 0, [1], **said)
 
 
 def refusal(*runs: Path) -> str:

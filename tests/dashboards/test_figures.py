@@ -120,14 +120,14 @@ def test_unlike_losses_are_refused_with_the_guards_words_in_place_of_the_figure(
     refused = divergence.loss(select(tmp_path))
     assert not refused.data
     said = style.words(refused)["empty"]
-    assert "divergence is the same, got" in said
-    assert "compare kl/reverse_mean_nats" in said
+    assert "divergence: reverse_kl" in said
+    assert "have no common unit; draw what means the same for every method: probe/reverse_kl_mean_nats" in said
 
 
 def test_two_conventions_of_the_jsd_are_refused(tmp_path: Path) -> None:
     a_run(tmp_path, "jsd", divergence="jsd", beta="0.3")
     a_run(tmp_path, "other", divergence="jsd", beta="0.7")
-    assert "beta is the same, got 0.3" in style.words(divergence.loss(select(tmp_path)))["empty"]
+    assert "beta: 0.3 " in style.words(divergence.loss(select(tmp_path)))["empty"]
 
 
 def test_the_parts_of_a_runs_time_add_up(two: Selected) -> None:
