@@ -104,7 +104,7 @@ def _answer(selected: Selected, unfinished: bool, baseline: str | None) -> Itera
             yield _table(gains_head(found), rows, f"Every method against {found.baseline}")
             yield f'<p class="note">{escape(gains_caption(found))}</p>'
         yield "".join(f"<p>{escape(note)}</p>" for note in notes(found))
-        yield from _figures([accuracy.final(selected)])
+        yield from _figures([accuracy.final(selected), accuracy.gains(selected, baseline)])
     yield from _figures([accuracy.accuracy(selected)])
 
 
@@ -132,7 +132,7 @@ def _types(selected: Selected) -> str:
     text = [place for place, name in enumerate(found) if name in (ANSWER, TOKEN, EXAMPLE, "quadrant")]
     head = [tokens.WORDS[name] for name in found]
     title = f"The {TOKEN_ROWS} token types with the most KL of every method"
-    return _table(head, rows, title, text=text, wide=True)
+    return _table(head, rows, title, text=text, kind="wide")
 
 
 def _alarms(selected: Selected) -> str:
@@ -150,7 +150,7 @@ def _cell(name: Any, value: Any) -> str:
 
 
 def _table(
-    head: Iterable[str], rows: Sequence[Sequence[str]], title: str, text: Iterable[int] = (0,), wide: bool = False
+    head: Iterable[str], rows: Sequence[Sequence[str]], title: str, text: Iterable[int] = (0,), kind: str = ""
 ) -> str:
     """A table that sorts by the heading that is pressed."""
     words = set(text)
@@ -161,9 +161,8 @@ def _table(
         + "</tr>"
         for row in rows
     )
-    kind = ' class="wide"' if wide else ""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}"><table{kind}>'
+        f'<div class="scroll {kind}" tabindex="0" role="region" aria-label="{escape(title)}"><table>'
         f"<caption>{escape(title)}; press a heading to sort</caption><thead><tr>{columns}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from dashboards.style import Style, styles
+from opd_lab.compare.budget import along, metrics_of
 from opd_lab.compare.groups import Group, groups
 from opd_lab.tracking import read
 
@@ -22,24 +23,12 @@ READ_TABLES = 4096  # tables of single runs kept in memory
 MOST_POINTS = 400  # of a line: of longer runs only every n-th step is drawn, and the note says so
 
 
-@dataclass(frozen=True)
-class Axis:
-    """Something a run spends, as the horizontal axis."""
-
-    title: str
-    sums: tuple[str, ...] = ()  # cumulative metrics whose sum it is
-    steps: tuple[str, ...] = ()  # metrics of single steps, to be added up
-
-
-AXES = {
-    "steps": Axis("steps"),
-    "student_tokens": Axis("student tokens", ("cost/generated_tokens",)),
-    "teacher_tokens": Axis(
-        "teacher tokens, read or written",
-        ("cost/teacher_scored_tokens", "cost/teacher_decoded_tokens", "cost/teacher_generated_tokens"),
-    ),
-    "seconds": Axis("training time, seconds without evaluation", steps=("time/step_seconds",)),
-    "flops": Axis("FLOPs, estimated: 2 per parameter and token read, 6 if trained"),
+AXES = {  # what curves are drawn against, as `compare.budget.along` counts it
+    "steps": "steps",
+    "student_tokens": "student tokens",
+    "teacher_tokens": "teacher tokens, read or written",
+    "seconds": "training time, seconds without evaluation",
+    "flops": "FLOPs, estimated from tokens and parameters",
 }
 
 
@@ -102,13 +91,16 @@ class Curve:
 
 
 def curves(selected: Selected, metric: str, x: str = "steps") -> list[Curve]:
-    """A metric of every method that logged it against what its runs had spent."""
-    if x not in AXES:
-        raise ValueError(f"x must be one of {', '.join(AXES)}, got {x}")
+    """A metric of every method that logged it against what its runs had spent: like `compare.curves`, but from
+    tables that are read once for all figures.
+
+    Raises:
+        ValueError: an unknown x, or one that the runs did not log.
+    """
     found = selected.metrics([metric])
     if not len(found):
         return []
-    found = found.dropna(subset="value").assign(x=_spent(selected, found, x))
+    found = found.dropna(subset="value").assign(x=_spent(found, x))
     out = []
     for label in [label for label in selected.labels if label in set(found["label"])]:
         mine = found[found["label"] == label]
@@ -135,57 +127,14 @@ def _over_seeds(mine: Frame) -> Frame:
     )
 
 
-def _spent(selected: Selected, found: Frame, x: str) -> Frame:
-    """What each row's run had spent when its step was over; NaN where the run does not say."""
-    if x == "steps":
-        return found["step"].astype(float)
-    spent = spending(selected, x)
-    by_run = {str(folder): rows for folder, rows in spent.groupby("folder")}
-    out = pd.Series(float("nan"), index=found.index)
-    for folder, rows in found.groupby("folder"):
-        mine = by_run.get(str(folder))
-        if mine is not None:
-            place = mine["step"].searchsorted(rows["step"], side="right") - 1
-            values = mine["spent"].to_numpy()
-            out[rows.index] = [values[p] if p >= 0 else 0.0 for p in place]
+def _spent(found: Frame, x: str) -> Frame:
+    """What each row's run had spent when its step was over."""
+    out = found["step"].astype(float)
+    for folder, rows in found.groupby("folder") if x != "steps" else ():
+        step_S, spent_S = _along(str(folder), x, _stamp(Path(folder)))
+        at_N = np.searchsorted(step_S, rows["step"], side="right")
+        out[rows.index] = np.concatenate([[0.0], spent_S])[at_N]
     return out
-
-
-def spending(selected: Selected, x: str) -> Frame:
-    """folder, step, spent: what every run had spent on an axis after each step."""
-    if x == "flops":
-        return _flops(selected)
-    axis = AXES[x]
-    wide = _wide(selected, [*axis.sums, *axis.steps])
-    if axis.steps:
-        wide[list(axis.steps)] = wide.groupby("folder")[list(axis.steps)].cumsum()
-    wide["spent"] = wide[[*axis.sums, *axis.steps]].sum(axis=1)
-    return wide[["folder", "step", "spent"]]
-
-
-def _flops(selected: Selected) -> Frame:
-    """2 N per token that a model of N parameters reads, 6 N per token that it is trained on. Attention is left out."""
-    tokens = [*AXES["student_tokens"].sums, *AXES["teacher_tokens"].sums]
-    wide = _wide(selected, tokens)
-    size = {str(f): _parameters(f) for f in selected.folders}
-    student = wide["folder"].map(lambda folder: size[folder][0])
-    teacher = wide["folder"].map(lambda folder: size[folder][1])
-    read_by_teacher = wide[list(AXES["teacher_tokens"].sums)].sum(axis=1)
-    wide["spent"] = (2 + 6) * student * wide["cost/generated_tokens"] + 2 * teacher * read_by_teacher
-    return wide[["folder", "step", "spent"]].dropna()
-
-
-def _parameters(folder: Path) -> tuple[float, float]:
-    tags = read.status(folder)["tags"]
-    return tuple(float(tags.get(f"{who}_parameters", "nan")) for who in ("student", "teacher"))  # type: ignore
-
-
-def _wide(selected: Selected, names: Sequence[str]) -> Frame:
-    found = selected.metrics(names)
-    if not len(found):
-        return pd.DataFrame(columns=["folder", "step", *names])
-    wide = found.pivot_table(index=["folder", "step"], columns="name", values="value", aggfunc="last").reset_index()
-    return wide.reindex(columns=["folder", "step", *names]).fillna(dict.fromkeys(names, 0.0))
 
 
 def _stamp(folder: Path) -> float:
@@ -208,6 +157,13 @@ def _metrics(folder: str, names: Collection[str], stamp: float) -> Frame:
     categories = found["name"].cat.categories
     wanted = np.isin(found["name"].cat.codes, [categories.get_loc(name) for name in names if name in categories])
     return found[wanted].astype({"name": str})
+
+
+@lru_cache(READ_TABLES)
+def _along(folder: str, x: str, stamp: float) -> tuple[Frame, Frame]:
+    """steps, and what had been spent after each."""
+    spent = along(x, _metrics(folder, metrics_of(x), stamp), Path(folder))
+    return spent.index.to_numpy(), spent.to_numpy()
 
 
 @lru_cache(READ_TABLES)

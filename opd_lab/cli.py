@@ -5,6 +5,7 @@ opd-lab sweep NAME [key=value ...]     the runs of sweeps/NAME.yaml, then their 
 opd-lab evaluate RUN [...]             a run's student on held-out problems
 opd-lab analyze QUESTION RUN [...]     one question about a finished run; --help lists them
 opd-lab report FOLDER                  the table and the report of the runs in a folder
+opd-lab dashboard [FOLDER]             the runs of a folder in the browser, while they go on
 opd-lab doctor [key=value ...]         does everything work here, before any budget is spent?
 opd-lab make-lab-models [DIR]          the recipe of the embedded lab's models
 """
@@ -40,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--baseline", metavar="METHOD", help="the row that the others are held against; opd, or the first"
     )
     report.add_argument("--rebuild", metavar="URI", help="first log the runs again into this MLflow store")
+    dashboard = commands.add_parser("dashboard", help="the runs of a folder in the browser, while they go on")
+    dashboard.add_argument("folder", type=Path, nargs="?", default=Path("opd_runs"))
+    dashboard.add_argument("--port", type=int, default=8501)
+    dashboard.add_argument("--open", action="store_true", help="open a browser at it")
     questions.declare(commands.add_parser("analyze", help="a question about a finished run"))
     sync = commands.add_parser("sync", help="deliver what a store missed while it was away")
     sync.add_argument("run", type=Path, help="a run folder")
@@ -101,6 +106,13 @@ def _report(given: argparse.Namespace) -> int:
     return 0
 
 
+def _dashboard(given: argparse.Namespace) -> int:
+    from dashboards.serve import serve
+
+    serve(given.folder, given.port, given.open)
+    return 0
+
+
 def _sync(given: argparse.Namespace) -> int:
     from opd_lab.results import deliver
 
@@ -121,6 +133,7 @@ _COMMANDS = {
     "doctor": _doctor,
     "evaluate": _evaluate,
     "report": _report,
+    "dashboard": _dashboard,
     "analyze": questions.answer,
     "sync": _sync,
     "make-lab-models": _make_lab_models,

@@ -52,9 +52,9 @@ def probes(selected: Selected, x: str = "steps") -> go.Figure:
         selected,
         "How far is the student from the teacher on the same fixed tokens?",
         {
-            "probe/reverse_kl_mean_nats": "KL(student || teacher), mean",
-            "probe/reverse_kl_p99_nats": "KL(student || teacher), 99 % of tokens lie below",
-            "probe/forward_kl_mean_nats": "KL(teacher || student), mean",
+            "probe/reverse_kl_mean_nats": "reverse KL, mean",
+            "probe/reverse_kl_p99_nats": "reverse KL, 99 % lie below",
+            "probe/forward_kl_mean_nats": "forward KL, mean",
         },
         unit="nats",
         missing="No probe was scored: run with diagnostics.probe_rollouts > 0, evaluate.every > 0 and a teacher that "
@@ -83,8 +83,8 @@ def overlap(selected: Selected, x: str = "steps") -> go.Figure:
         selected,
         "Do student and teacher prefer the same tokens?",
         {
-            "overlap/top16_fraction": "shared of both models' 16 likeliest tokens",
-            "overlap/total_variation_mean_fraction": "total variation between both distributions",
+            "overlap/top16_fraction": "shared among the 16 likeliest",
+            "overlap/total_variation_mean_fraction": "total variation",
         },
         unit="fraction",
         missing="No overlap was logged: it needs a teacher that gives its distribution.",

@@ -31,13 +31,11 @@ def draw(
     try:
         for name in metrics:
             same_axis(selected.folders, name)
+        found = {name: drawn for name in metrics if (drawn := curves(selected, name, x))}
     except ValueError as refusal:
         return empty(question, f"Not drawn: {refusal}.")
-    found = {name: drawn for name in metrics if (drawn := curves(selected, name, x))}
     if not found:
         return empty(question, missing)
-    if all(line.points["x"].isna().all() for lines in found.values() for line in lines):
-        return empty(question, f"No run says its {x}; choose another axis. FLOPs need the tags *_parameters.")
     titles = [metrics[name] for name in found]
     figure, places = panels(titles if len(titles) > 1 else [""], alike=alike)
     shown: set[str] = set()
@@ -48,7 +46,7 @@ def draw(
             traces += (made := _line(line, selected.styles[line.label], unit, legend=line.label not in shown))
             at += [(row, column)] * len(made)
             shown.add(line.label)
-        figure.update_xaxes(title_text=AXES[x].title, row=row, col=column)
+        figure.update_xaxes(title_text=AXES[x], row=row, col=column)
         if column == 1:
             figure.update_yaxes(title_text=unit, row=row, col=column)
     figure.add_traces(traces, [row for row, _ in at], [column for _, column in at])

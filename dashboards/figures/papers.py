@@ -167,7 +167,7 @@ def kl_map(selected: Selected) -> go.Figure:
             column,
         )
         figure.update_xaxes(title_text="response position, tokens", row=row, col=column)
-    figure.update_yaxes(title_text="rollouts by length", col=1)
+    figure.update_yaxes(title_text="rollouts by length", tickformat="d", nticks=6, col=1)
     ticks = range(-4, 2)
     bar = {"title": "nats", "tickvals": list(ticks), "ticktext": [f"{10.0**t:g}" for t in ticks]}
     figure.update_layout(coloraxis={"colorscale": SCALE, "cmin": -4, "cmax": 1, "colorbar": bar})
@@ -187,24 +187,23 @@ def support(selected: Selected) -> go.Figure:
     mean = mean.dropna()
     if not len(mean):
         return missing
-    figure = go.Figure(
-        go.Scatter(
-            x=mean[SUPPORT[0]],
-            y=mean[SUPPORT[1]],
-            mode="markers+text",
-            text=[short(str(label)) for label in mean.index],
-            textposition="top center",
-            marker={
-                "size": 13,
-                "color": mean[SUPPORT[2]],
-                "colorscale": SCALE,
-                "symbol": [selected.styles[str(label)].symbol for label in mean.index],
-                "colorbar": {"title": "share of<br>correct<br>rollouts"},
-            },
-            customdata=mean[SUPPORT[2]],
-            hovertemplate="%{text}<br>log-prob %{x:.6g}, AUROC %{y:.6g}, correct %{customdata:.4g}<extra></extra>",
+    figure = go.Figure()
+    for label, row in mean.iterrows():
+        own = selected.styles[str(label)]
+        marker = {"size": 15, "symbol": own.symbol, "line": {"width": 3, "color": own.colour}}
+        figure.add_trace(
+            go.Scatter(
+                x=[row[SUPPORT[0]]],
+                y=[row[SUPPORT[1]]],
+                mode="markers",
+                name=short(str(label)),
+                marker=marker | {"color": [row[SUPPORT[2]]], "coloraxis": "coloraxis"},
+                hovertemplate=f"{label}<br>log-prob %{{x:.6g}}, AUROC %{{y:.6g}}, correct {row[SUPPORT[2]]:.4g}"
+                "<extra></extra>",
+            )
         )
-    )
+    bar = {"title": "share of<br>correct<br>rollouts", "x": -0.1, "xanchor": "right"}
+    figure.update_layout(coloraxis={"colorscale": SCALE, "colorbar": bar})
     figure.update_xaxes(title_text="mean teacher log-prob of the tokens, nats")
     figure.update_yaxes(title_text="AUROC of support against correctness")
     said = "; ".join(f"{label}: {row[SUPPORT[1]]:.3f}" for label, row in mean.iterrows())
@@ -247,7 +246,7 @@ def pass_at_k(selected: Selected) -> go.Figure:
     )
     said = "; ".join(f"{trace.name}: {', '.join(f'{value:.3f}' for value in trace.y)}" for trace in figure.data)
     figure.update_xaxes(title_text="k", type="log", tickvals=sorted(names), ticktext=[str(k) for k in sorted(names)])
-    figure.update_yaxes(title_text="share of problems with a correct rollout among k")
+    figure.update_yaxes(title_text="pass@k, share of problems")
     note = "SCOPE, arXiv 2604.10688, figures 1a and 4; test problems, mean over seeds."
     return dress(figure, question, alt=f"pass@k for k = {', '.join(map(str, sorted(names)))}. {said}.", note=note)
 

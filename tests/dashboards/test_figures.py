@@ -22,7 +22,15 @@ from opd_lab.tracking.tracker import RunInfo
 from opd_lab.types import Report
 
 RUN_FIGURES: list[Any] = [
-    *(accuracy.accuracy, accuracy.final, divergence.kl, divergence.quantiles, divergence.probes, divergence.entropy),
+    *(
+        accuracy.accuracy,
+        accuracy.final,
+        accuracy.gains,
+        divergence.kl,
+        divergence.quantiles,
+        divergence.probes,
+        divergence.entropy,
+    ),
     *(divergence.overlap, divergence.loss, divergence.histogram, divergence.positions, tokens.shares, cost.seconds),
     *(cost.tokens, alarms.timeline, estimators.lens, papers.kl_map, papers.support, papers.pass_at_k, sweep.response),
 ]
@@ -66,7 +74,7 @@ def test_a_curve_is_the_mean_over_seeds_with_their_range(two: Selected) -> None:
 def test_every_axis_says_what_had_been_spent(two: Selected, x: str, spent: list[float]) -> None:
     assert curves(two, "eval/validation/avg_at_4", x)[0].points["x"].tolist() == pytest.approx(spent)
     figure = accuracy.accuracy(two, x)
-    assert figure.layout.xaxis.title.text == AXES[x].title
+    assert figure.layout.xaxis.title.text == AXES[x]
 
 
 def test_a_long_run_is_thinned_and_the_note_says_so(tmp_path: Path) -> None:

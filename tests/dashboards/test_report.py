@@ -43,4 +43,4 @@ def test_a_sweep_in_which_nothing_finished_still_has_a_report(tmp_path: Path) ->
     a_run(tmp_path, "opd", status="FAILED")
     text = write_report(tmp_path, tmp_path).read_text()
     assert "No run has finished: opd-0.1-s0 FAILED" in text
-    assert "How accurate does the student become" in text
+    assert "How fast does accuracy rise with steps?" in text

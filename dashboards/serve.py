@@ -1,0 +1,33 @@
+"""`opd-lab dashboard`: the app on this machine's own address, asking the network for nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+APP = Path(__file__).with_name("app.py")
+
+
+def serve(folder: Path, port: int, open_browser: bool) -> None:
+    """Serve until it is interrupted.
+
+    Raises:
+        ValueError: there is no such folder, or Streamlit is not installed.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; give the folder in which runs are kept, by default opd_runs")
+    try:
+        from streamlit.web import bootstrap
+    except ImportError:
+        raise ValueError("the dashboard needs Streamlit: pip install 'opd_lab[dashboards]'") from None
+    import dashboards.views  # noqa: F401  imported once here, not while the first reader waits
+
+    options = {
+        "server.address": "127.0.0.1",
+        "server.port": port,
+        "server.headless": not open_browser,
+        "server.fileWatcherType": "none",
+        "browser.gatherUsageStats": False,
+        "client.toolbarMode": "minimal",
+    }
+    bootstrap.load_config_options(options)
+    bootstrap.run(str(APP), False, [str(folder.resolve())], options)

@@ -1,0 +1,157 @@
+"""The app's pages: each is the figures and tables that answer one kind of question about the chosen runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import streamlit as st
+
+from dashboards import style
+from dashboards.figures import accuracy, alarms, cost, divergence, estimators, papers, sweep, tokens
+from dashboards.runs import AXES, Frame, Selected, params
+from opd_lab.compare import printed
+from opd_lab.compare.groups import groups
+from opd_lab.compare.guard import CONVENTIONS, conventions
+from opd_lab.compare.table import table as compare
+
+CONFIG = {"displaylogo": False, "toImageButtonOptions": {"format": "svg"}}
+
+
+def draw(figure: object) -> None:
+    """The question as a heading, the figure, how to read it; in place of an empty one, what to do."""
+    words = style.words(figure)
+    st.subheader(words["question"], anchor=False)
+    if words["empty"]:
+        st.info(words["empty"])
+        return
+    shown = style.bare(figure, dark=st.context.theme.type == "dark")
+    st.plotly_chart(shown, theme=None, config=CONFIG, alt=words["alt"], key=f"figure {words['question']}")
+    if words["note"]:
+        st.caption(words["note"])
+
+
+def table(title: str, rows: Frame) -> None:
+    """Sorts by the heading that is pressed."""
+    st.subheader(title, anchor=False)
+    st.dataframe(rows, hide_index=True, alt=title)
+
+
+def axis() -> str:
+    """What the curves are drawn against."""
+    return st.selectbox("Curves against", list(AXES), format_func=lambda x: AXES[x], key="x", bind="query-params")
+
+
+def show_accuracy(selected: Selected) -> None:
+    draw(accuracy.accuracy(selected, axis()))
+    comparison(selected)
+    draw(papers.pass_at_k(selected))
+
+
+def comparison(selected: Selected) -> None:
+    """The final table, every method against a baseline, and what must be known to believe them."""
+    labels = [group.label for group in groups(selected.folders)]
+    if not labels:
+        st.info("No run has finished yet: the comparison comes with the first.")
+        return
+    first = next((place for place, label in enumerate(labels) if label.split()[0] == "opd"), 0)
+    baseline = st.selectbox("Baseline", labels, first, key="baseline", bind="query-params")
+    draw(accuracy.final(selected))
+    draw(accuracy.gains(selected, baseline))
+    found = compare(selected.folders, baseline)
+    table("What did each method reach, and at what price?", found.rows)
+    st.caption(printed.caption(found))
+    if len(found.gains):
+        table(f"What does each method gain over {found.baseline}?", found.gains)
+        st.caption(printed.gains_caption(found))
+    for note in printed.notes(found):
+        (st.warning if note.startswith("WARNING") else st.caption)(note)
+
+
+def show_divergence(selected: Selected) -> None:
+    x = axis()
+    draw(divergence.kl(selected, x))
+    draw(divergence.quantiles(selected, x))
+    draw(divergence.probes(selected, x))
+    found = selected.table("histograms")
+    names = sorted(found["name"].unique()) if len(found) else ["kl/reverse_nats"]
+    first = names.index("kl/reverse_nats") if "kl/reverse_nats" in names else 0
+    name = st.selectbox("Histogram of", names, first, key="histogram", bind="query-params")
+    draw(divergence.histogram(selected, name))
+    draw(divergence.positions(selected))
+    draw(divergence.entropy(selected, x))
+    draw(divergence.overlap(selected, x))
+
+
+def show_tokens(selected: Selected) -> None:
+    draw(tokens.shares(selected))
+    found = tokens.types(selected)
+    if len(found):
+        table("Which token types stay hard?", found.rename(columns=tokens.WORDS))
+
+
+def show_cost(selected: Selected) -> None:
+    draw(cost.seconds(selected))
+    draw(cost.tokens(selected))
+    draw(accuracy.accuracy(selected, "flops"))
+
+
+def show_loss(selected: Selected) -> None:
+    draw(divergence.loss(selected, axis()))
+    said = {group.label: conventions(group.folders[0]) for group in selected.groups}
+    rows = [{"method": label} | {name: one.get(name, "-") for name in CONVENTIONS} for label, one in said.items()]
+    table("What is each method's loss?", rows)
+    draw(estimators.lens(selected))
+
+
+def show_alarms(selected: Selected) -> None:
+    draw(alarms.timeline(selected))
+    found = alarms.rows(selected)
+    if len(found):
+        table("What was wrong?", found)
+
+
+def show_search(selected: Selected) -> None:
+    journals = sweep.studies(selected.folders[0].parent)
+    names = ["the chosen runs", *(path.stem for path in journals)]
+    chosen = st.selectbox("Study", names, key="study", bind="query-params")
+    study = sweep.study_of(selected) if chosen == names[0] else sweep.load(journals[names.index(chosen) - 1])
+    if found := sweep.searchable(selected):
+        parameter = st.selectbox("Hyperparameter", found, key="parameter", bind="query-params")
+        draw(sweep.response(selected, parameter))
+    if study is None:
+        st.info(f"{sweep.NOTHING}.")
+        return
+    for figure in (figure(study) for figure in sweep.FIGURES.values()):
+        draw(figure)
+
+
+def show_papers(selected: Selected) -> None:
+    found = papers.every(selected)
+    if not found:
+        st.info("These runs log nothing that a paper's figure needs; `opd-lab sweep compare` does.")
+    for figure in found:
+        draw(figure)
+
+
+def show_runs(selected: Selected) -> None:
+    table("Which runs are these?", params(selected.folders).drop(columns="folder").fillna("").astype(str))
+    runs, methods = len(selected.folders), len(selected.groups)
+    st.caption(f"{runs} runs of {methods} methods; settings in which all agree are left out.")
+
+
+VIEWS: dict[str, Callable[[Selected], None]] = {
+    "Accuracy": show_accuracy,
+    "Divergence": show_divergence,
+    "Tokens": show_tokens,
+    "Cost": show_cost,
+    "Loss": show_loss,
+    "Alarms": show_alarms,
+    "Search": show_search,
+    "Papers": show_papers,
+    "Runs": show_runs,
+}
+
+
+def nothing(folder: Path) -> None:
+    st.info(f"No run is chosen, or none is in {folder}. `opd-lab sweep smoke tracking.folder={folder}` makes two.")
