@@ -13,12 +13,12 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from dashboards import style
-from dashboards.figures import accuracy, alarms, cost, divergence, estimators, papers, sweep, tokens
+from dashboards.figures import accuracy, alarms, cost, divergence, estimators, papers, rollouts, sweep, tokens
 from dashboards.runs import Selected, select
 from opd_lab.compare.guard import CONVENTIONS, conventions
 from opd_lab.compare.printed import HEAD, caption, gains_caption, gains_cells, gains_head, notes, row_cells
 from opd_lab.compare.table import table
-from opd_lab.tracking import read
+from opd_lab.tracking import coloured, read
 
 HERE = Path(__file__).parent
 TOKEN_ROWS = 15  # per method
@@ -50,7 +50,7 @@ def page(selected: Selected, unfinished: bool, baseline: str | None = None) -> s
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(style.short(title))}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<style>{(HERE / 'report.css').read_text()}</style>"
+        f"<style>{(HERE / 'report.css').read_text()}{rollouts.STYLE}</style>"
         f"<script>{get_plotlyjs()}</script></head><body><header><h1>{escape(title)}</h1></header>"
         f'<nav aria-label="Contents"><ol>{links}</ol></nav><main>{body}</main>'
         f"<script>const TEMPLATES = {templates};{(HERE / 'report.js').read_text()}</script></body></html>\n"
@@ -81,6 +81,7 @@ def _sections(selected: Selected, unfinished: bool, baseline: str | None) -> Ite
         ),
     )
     yield Section("Which tokens carry the divergence?", [*_figures([tokens.shares(selected)]), _types(selected)])
+    yield Section("What do they write?", _rollouts(selected, baseline))
     yield Section(
         "What is minimised?", [_losses(selected), *_figures([divergence.loss(selected), estimators.lens(selected)])]
     )
@@ -116,6 +117,27 @@ def _search(selected: Selected) -> Iterator[Section]:
     if common is not None and varied:
         drawn = [sweep.response(selected, name) for name in varied]
         yield Section("Which hyperparameters matter?", _figures([*drawn, *sweep.overview(common)]))
+
+
+def _rollouts(selected: Selected, baseline: str | None) -> list[str]:
+    """The baseline beside the most accurate other method, at the first and the last step that kept rollouts."""
+    one, other = _two(selected, baseline)
+    found = rollouts.pairs(selected, one, other)
+    head = f"<h3>{escape(rollouts.QUESTION)}</h3>"
+    if not found:
+        return [head, f'<p role="status" class="empty">{escape(rollouts.MISSING)}</p>']
+    shown = [rollouts.beside(*found[place]) for place in dict.fromkeys((0, len(found) - 1))]
+    return [head, coloured.legend(), *shown]
+
+
+def _two(selected: Selected, baseline: str | None) -> tuple[str, str]:
+    try:
+        found: Any = table(selected.folders, baseline)
+    except ValueError:
+        return selected.labels[0], selected.labels[-1]
+    others = found.rows[found.rows["method"] != found.baseline]
+    best = others.sort_values("accuracy_after", ascending=False)["method"]
+    return found.baseline, best.iloc[0] if len(best) else found.baseline
 
 
 def _losses(selected: Selected) -> str:

@@ -8,12 +8,13 @@ from pathlib import Path
 import streamlit as st
 
 from dashboards import style
-from dashboards.figures import accuracy, alarms, cost, divergence, estimators, papers, sweep, tokens
+from dashboards.figures import accuracy, alarms, cost, divergence, estimators, papers, rollouts, sweep, tokens
 from dashboards.runs import AXES, Frame, Selected, params
 from opd_lab.compare import printed
 from opd_lab.compare.groups import groups
 from opd_lab.compare.guard import CONVENTIONS, conventions
 from opd_lab.compare.table import table as compare
+from opd_lab.tracking import coloured
 
 CONFIG = {"displaylogo": False, "toImageButtonOptions": {"format": "svg"}}
 
@@ -90,6 +91,22 @@ def show_tokens(selected: Selected) -> None:
         table("Which token types stay hard?", found.rename(columns=tokens.WORDS))
 
 
+def show_rollouts(selected: Selected) -> None:
+    st.subheader(rollouts.QUESTION, anchor=False)
+    left, right = st.columns(2)
+    one = left.selectbox("Method", selected.labels, 0, key="one", bind="query-params")
+    second = min(1, len(selected.labels) - 1)
+    other = right.selectbox("Beside it", selected.labels, second, key="other", bind="query-params")
+    found = rollouts.pairs(selected, one, other)
+    if not found:
+        st.info(rollouts.MISSING)
+        return
+    steps = sorted({int(a["step"]) for a, _ in found})
+    step = st.select_slider("After step", steps, steps[-1]) if len(steps) > 1 else steps[0]
+    shown = "".join(rollouts.beside(a, b) for a, b in found if a["step"] == step)
+    st.html(f"<style>{rollouts.STYLE}</style>{coloured.legend()}{shown}")
+
+
 def show_cost(selected: Selected) -> None:
     draw(cost.seconds(selected))
     draw(cost.tokens(selected))
@@ -144,6 +161,7 @@ VIEWS: dict[str, Callable[[Selected], None]] = {
     "Accuracy": show_accuracy,
     "Divergence": show_divergence,
     "Tokens": show_tokens,
+    "Rollouts": show_rollouts,
     "Cost": show_cost,
     "Loss": show_loss,
     "Alarms": show_alarms,

@@ -76,8 +76,9 @@ def _report(step: int, seed: int, final: float) -> Report:
     report.histograms["kl/reverse_nats"] = count(tensor([2e-3, 0.2, 0.2, 2.0]), "kl_nats")
     report.tables["positions"] = [{"step": step, "decile": d, "tokens": 2, "kl_reverse_mean_nats": d} for d in (0, 9)]
     report.tables["high_loss_tokens"] = [_type(step, 7, "now", 10, 2.0, 0.8), _type(step, 8, "<b>", 30, 0.1, 0.12)]
-    tokens: dict[str, Any] = {"tokens": ["a", "b"], "reverse_kl": [0.1, 2.0], "logp_student": [-1.0, -2.0]}
-    report.tables["rollouts"] = [{"uid": 5 + step, "prompt": f"what? {step}", "text": "a b", "reward": 1.0, **tokens}]
+    tokens: dict[str, Any] = {"tokens": ["a", "<i>"], "reverse_kl": [0.1, 2.0], "logp_student": [-1.0, -2.0]}
+    tokens |= {"text": "a <i>", "reward": 1.0, "stopped": True, "source": ["student"] * 2}
+    report.tables["rollouts"] = [{"uid": 5 + step, "prompt": f"what? {step}", **tokens}]
     return report
 
 

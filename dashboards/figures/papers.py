@@ -187,17 +187,26 @@ def support(selected: Selected) -> go.Figure:
     mean = mean.dropna()
     if not len(mean):
         return missing
-    figure = go.Figure()
-    for label, row in mean.iterrows():
-        own = selected.styles[str(label)]
-        marker = {"size": 15, "symbol": own.symbol, "line": {"width": 3, "color": own.colour}}
+    own = [selected.styles[str(label)] for label in mean.index]
+    figure = go.Figure(
+        go.Scatter(
+            x=mean[SUPPORT[0]],
+            y=mean[SUPPORT[1]],
+            mode="markers",
+            marker={"size": 15, "color": mean[SUPPORT[2]], "coloraxis": "coloraxis", "symbol": [s.symbol for s in own]},
+            hoverinfo="skip",
+            showlegend=False,
+        )
+    )
+    for (label, row), look in zip(mean.iterrows(), own):
+        rim = {"size": 17, "symbol": f"{look.symbol}-open", "color": look.colour, "line": {"width": 3}}
         figure.add_trace(
             go.Scatter(
                 x=[row[SUPPORT[0]]],
                 y=[row[SUPPORT[1]]],
                 mode="markers",
                 name=short(str(label)),
-                marker=marker | {"color": [row[SUPPORT[2]]], "coloraxis": "coloraxis"},
+                marker=rim,
                 hovertemplate=f"{label}<br>log-prob %{{x:.6g}}, AUROC %{{y:.6g}}, correct {row[SUPPORT[2]]:.4g}"
                 "<extra></extra>",
             )

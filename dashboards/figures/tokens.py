@@ -1,4 +1,4 @@
-"""Which token types, and which tokens of real rollouts, carry the divergence?"""
+"""Which token types carry the divergence?"""
 
 from __future__ import annotations
 
@@ -98,19 +98,3 @@ def shares(selected: Selected) -> go.Figure:
         note="KL of all tokens written during training; white: not among the types with the most KL.",
         height=150 + 30 * len(wide.columns),
     )
-
-
-def pairs(selected: Selected, one: str, other: str) -> list[tuple[Frame, Frame]]:
-    """Rollouts of two methods for the same prompt, in the order of steps: those with one uid, which under one seed is
-    one prompt. The first run of each."""
-    found = selected.table("rollouts")
-    if not len(found):
-        return []
-    of = {label: found[found["label"] == label] for label in (one, other)}
-    firsts = {label: mine[mine["folder"] == mine["folder"].iloc[0]] for label, mine in of.items() if len(mine)}
-    if len(firsts) < 2:
-        return []
-    both = firsts[one].merge(firsts[other], on=["step", "uid", "prompt"], suffixes=("_a", "_b"))
-    a, b = (firsts[label].set_index(["step", "uid"]) for label in (one, other))
-    keys = [(row.step, row.uid) for row in both.itertuples()]
-    return [(a.loc[key], b.loc[key]) for key in keys]

@@ -14,7 +14,7 @@ import pytest
 from dashboard_runs import a_run
 
 from dashboards import style
-from dashboards.figures import accuracy, alarms, cost, divergence, estimators, papers, sweep, tokens
+from dashboards.figures import accuracy, alarms, cost, divergence, estimators, papers, rollouts, sweep, tokens
 from dashboards.runs import AXES, Selected, curves, select
 from opd_lab.bins import edges
 from opd_lab.tracking.run_folder import RunFolder
@@ -114,10 +114,10 @@ def test_token_types_of_two_seeds_are_pooled_by_their_tokens(two: Selected) -> N
 
 
 def test_rollouts_are_paired_by_prompt(two: Selected) -> None:
-    pairs = tokens.pairs(two, "opd", "kat")
+    pairs = rollouts.pairs(two, "opd", "kat")
     assert [(a["prompt"], b["prompt"]) for a, b in pairs] == [("what? 1", "what? 1"), ("what? 2", "what? 2")]
     assert pairs[0][0]["folder"] != pairs[0][1]["folder"]
-    assert tokens.pairs(two, "opd", "nobody") == []
+    assert rollouts.pairs(two, "opd", "nobody") == []
 
 
 def test_unlike_losses_are_refused_with_the_guards_words_in_place_of_the_figure(tmp_path: Path) -> None:
