@@ -49,7 +49,7 @@ HEADS = {
     "entropy_teacher": "H teacher",
     "teacher_top": "teacher top",
 }
-PHASES = ("pre", "agreement", "post", "uncut")
+PHASES = {"pre": "tab:blue", "agreement": "tab:orange", "post": "tab:green", "uncut": "grey"}  # and their colours
 NEVER = 2**31 - 1  # the place of a slip in a rollout without one
 
 
@@ -303,7 +303,7 @@ def _bars(projection: Frame) -> Figure:
         table = rows.pivot_table(index="kind", columns="phase", values="rho")
         table = table[[name for name in PHASES if name in table]]
         for place, name in enumerate(table.columns):
-            panel.bar(np.arange(len(table)) + 0.2 * place, table[name], width=0.2, label=name)
+            panel.bar(np.arange(len(table)) + 0.2 * place, table[name], width=0.2, label=name, color=PHASES[name])
         panel.axhline(rows["chance"].mean(), color="black", linewidth=0.8)
         panel.set(title=f"step {step}", ylabel="rho", ylim=(0, 1))
         panel.set_xticks(np.arange(len(table)) + 0.3, table.index.tolist())

@@ -79,8 +79,8 @@ def answer(
         rate=[f"{r.rate:.2f} [{r.low:.2f}, {r.high:.2f}]" for r in rate.itertuples()],
         fraction=[f"r = {fraction:g}" for fraction in rate["fraction"]],
     ).pivot_table(index="quarter", columns="fraction", values="rate", aggfunc="first")
-    shown.insert(0, "responses", responses.groupby("quarter").size())
-    shown.insert(0, "mean perplexity", responses.groupby("quarter")["perplexity"].mean())
+    shown.insert(0, "n", responses.groupby("quarter").size())
+    shown.insert(0, "median PPL", responses.groupby("quarter")["perplexity"].median())
     ends = [rate[rate["quarter"] == q].set_index("fraction")["rate"] for q in (1, QUARTERS)]
     falls = int((ends[0] > ends[1]).sum())
     return Outcome(
@@ -126,8 +126,10 @@ def _rate(part: Frame, quarter: int, fraction: float) -> dict[str, float]:
 def _figure(rate: Frame, responses: Frame) -> Figure:
     figure, (panel,) = panels(1, "Wrong responses that the teacher rescues")
     for quarter, rows in rate.groupby("quarter"):
-        mean = responses.loc[responses["quarter"] == quarter, "perplexity"].mean()
-        panel.plot(rows["fraction"], rows["rate"], marker="o", label=f"quarter {quarter}: perplexity {mean:.2f}")
+        middle = responses.loc[responses["quarter"] == quarter, "perplexity"].median()
+        panel.plot(
+            rows["fraction"], rows["rate"], marker="o", label=f"quarter {quarter}: median perplexity {middle:.2f}"
+        )
         panel.fill_between(rows["fraction"], rows["low"], rows["high"], alpha=0.15)
     panel.set(xlabel="share of the wrong response that is kept", ylabel="correct continuations", ylim=(-0.02, 1.02))
     panel.legend(fontsize=7)
