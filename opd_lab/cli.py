@@ -82,7 +82,7 @@ def _sweep(given: argparse.Namespace) -> int:
     found = sorted(path.stem for path in config.SWEEPS.glob("*.yaml"))
     if given.name not in found and not any(word.startswith("--config-dir") for word in given.overrides):
         raise ValueError(f"there is no sweep {given.name}; sweeps/ has {', '.join(found)}")
-    return _hydra("run", [f"sweeps={given.name}", *given.overrides])
+    return _hydra("run", ["--multirun", f"sweeps={given.name}", *given.overrides])
 
 
 def _doctor(given: argparse.Namespace) -> int:

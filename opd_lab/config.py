@@ -31,7 +31,7 @@ from opd_lab.tracking import read
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent  # a wheel carries conf/ and sweeps/ inside
 CONF, SWEEPS = ROOT / "conf", ROOT / "sweeps"
-_NOT_OURS = ("hydra", "experiment", "sweeps")  # groups that set other keys and leave none of their own
+_NOT_OURS = ("hydra", "experiment", "sweeps", "sweep", "launcher")  # groups that are no part of a run
 
 
 OmegaConf.register_new_resolver("cut_lengths", lambda run: read.cut_lengths(run) if run else [], replace=True)
@@ -204,6 +204,15 @@ def digest(settings: RunSettings) -> str:
     for group in ("tracking", "checkpoint", "objective", "threads"):
         values.pop(group)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_name(settings: RunSettings, method_name: str) -> str:
+    """`fire_opd-s0-1a2b3c4d`: the method's config, the seed, a digest of everything that decides the result."""
+    return settings.tracking.name or f"{method_name}-s{settings.seed}-{digest(settings)}"
+
+
+def run_folder(settings: RunSettings, method_name: str) -> Path:
+    return Path(settings.tracking.folder).absolute() / settings.tracking.experiment / run_name(settings, method_name)
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:

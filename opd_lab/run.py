@@ -22,7 +22,7 @@ import transformers
 
 from opd_lab import __version__, models, pairing, preparation
 from opd_lab.chunk import reads
-from opd_lab.config import digest, flat, method_of
+from opd_lab.config import digest, flat, method_of, run_folder, run_name
 from opd_lab.data import prompts
 from opd_lab.doctor import WARNING, compatible, first_step
 from opd_lab.parts import Parts, facts_of
@@ -32,7 +32,7 @@ from opd_lab.teacher.local import LocalTeacher
 from opd_lab.tracking import read
 from opd_lab.tracking.run_folder import RunFolder
 from opd_lab.tracking.tracker import FanOut, RunInfo, Tracker
-from opd_lab.train import Progress, Trainer
+from opd_lab.train import Evaluated, Progress, Pruned, Trainer
 
 Say = Callable[[str], None]
 
@@ -43,15 +43,6 @@ class Result:
 
     folder: Path
     objective: float
-
-
-def run_name(settings: RunSettings, method_name: str) -> str:
-    """`fire_opd-s0-1a2b3c4d`: the method's config, the seed, a digest of everything that decides the result."""
-    return settings.tracking.name or f"{method_name}-s{settings.seed}-{digest(settings)}"
-
-
-def run_folder(settings: RunSettings, method_name: str) -> Path:
-    return Path(settings.tracking.folder).absolute() / settings.tracking.experiment / run_name(settings, method_name)
 
 
 def load_parts(settings: RunSettings, say: Say) -> Parts:
@@ -95,25 +86,30 @@ def execute(
     *,
     config_yaml: str,
     on_step: Callable[[Progress], None] = lambda progress: None,
+    on_evaluation: Callable[[Evaluated], None] = lambda evaluated: None,
     say: Say = print,
 ) -> Result:
-    """Train until `settings.steps`, or return what the finished run of this very config left.
+    """Train until `settings.steps`, or return what the finished run of this very config left. `on_evaluation` hears of
+    every evaluation after a step, in order, those of an earlier process too.
 
     Raises:
         ValueError: the run cannot work; nothing was spent.
         DivergedError: the loss or gradient stopped being a number; the run is closed as FAILED.
+        Pruned: `on_evaluation` did not want it to go on; the run is closed as KILLED, with the tag `pruned_at_step`.
     """
     folder = run_folder(settings, method_name)
     again = settings.checkpoint.resume == "auto"
     if again and (stored := finished(folder, settings.objective)) is not None:
         say(f"{folder.name} is finished already; checkpoint.resume=never would start anew")
+        for past in evaluations(folder, settings.steps):
+            on_evaluation(past)
         return Result(folder, stored)
     parts = load_parts(settings, say)
     with alone(folder):
         if not again:
             _set_aside(folder)
         tracker = trackers(settings, folder)
-        trainer = Trainer(settings, parts, tracker, folder, on_step=on_step, say=say)
+        trainer = Trainer(settings, parts, tracker, folder, on_step=on_step, on_evaluation=on_evaluation, say=say)
         if again:
             trainer.resume()
         if parts.method.status == "experimental":
@@ -127,13 +123,18 @@ def execute(
             identity(settings, parts, method_name, folder, config_yaml, step=trainer.step + 1 if trainer.step else 0)
         )
         try:
+            for past in evaluations(folder, trainer.step):
+                on_evaluation(past)
             trainer.run()
         except BaseException as error:
-            tracker.finish("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
+            if isinstance(error, Pruned):
+                tracker.tag("pruned_at_step", str(trainer.step))
+            stopped = isinstance(error, (KeyboardInterrupt, SystemExit, Pruned))
+            tracker.finish("KILLED" if stopped else "FAILED")
             raise
         models.save(parts.student, folder / "student")
         tracker.finish("FINISHED")
-    return Result(folder, _objective(folder, settings.objective))
+    return Result(folder, metric(folder, settings.objective))
 
 
 def examine(settings: RunSettings, method_name: str, config_yaml: str, say: Say) -> None:
@@ -227,10 +228,28 @@ def finished(folder: Path, objective: str) -> float | None:
     status = folder / "status.json"
     if not status.is_file() or json.loads(status.read_text()).get("status") != "FINISHED":
         return None
-    return _objective(folder, objective)
+    return metric(folder, objective)
 
 
-def _objective(folder: Path, name: str) -> float:
+def evaluations(folder: Path, last: int) -> Iterator[Evaluated]:
+    """What a run found in its evaluations after its steps 1 to `last`, from its files."""
+    if last == 0:
+        return
+    metrics, counts = read.metrics(folder), read.table(folder, "evaluations")
+    seconds = metrics[metrics["name"] == "time/step_seconds"]
+    examined = metrics.loc[metrics["name"].str.startswith("eval/validation/"), "step"].unique()
+    for step in sorted(int(step) for step in examined if 1 <= step <= last):
+        here = metrics[metrics["step"] == step]
+        rows = counts[(counts["step"] == step) & (counts["set"] == "validation")] if len(counts) else counts
+        yield Evaluated(
+            step=step,
+            scalars=dict(zip(here["name"], here["value"])),
+            problems=dict(zip(rows["problem"], rows["correct"] / rows["n"])) if len(rows) else {},
+            seconds=float(seconds.loc[seconds["step"] <= step, "value"].sum()),
+        )
+
+
+def metric(folder: Path, name: str) -> float:
     """The last value of a metric.
 
     Raises:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +46,20 @@ class Progress:
     seconds_left: float
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What an evaluation found after some steps; who launched the run may judge by it whether it is worth going on."""
+
+    step: int
+    scalars: Mapping[str, float]  # everything reported at this step
+    problems: Mapping[str, float]  # validation problem -> share of correct rollouts
+    seconds: float  # of all steps so far
+
+
+class Pruned(Exception):  # noqa: N818 - not an error
+    """Raised by `on_evaluation`: this run is not worth going on with. Its checkpoint is left."""
+
+
 class Trainer:
     """Distils the student of `parts` for `settings.steps` steps, or what is left of them."""
 
@@ -57,10 +71,11 @@ class Trainer:
         folder: Path,
         *,
         on_step: Callable[[Progress], None] = lambda progress: None,
+        on_evaluation: Callable[[Evaluated], None] = lambda evaluated: None,
         say: Callable[[str], None] = print,
     ) -> None:
         self.settings, self.parts, self.tracker, self.folder = settings, parts, tracker, folder
-        self.on_step, self.say = on_step, say
+        self.on_step, self.on_evaluation, self.say = on_step, on_evaluation, say
         parts.student.module.requires_grad_(True)
         self.optimizer = adamw(parts.student, settings.optim)
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -196,19 +211,34 @@ class Trainer:
                 self.publish(Report(self.step + 1), [diverged(self.step + 1, error)])
                 raise
             last = self.step == s.steps
-            if last or _due(self.step, s.evaluate.every):
+            examined = last or _due(self.step, s.evaluate.every)
+            if examined:
                 report = self.examined(report, test=last)
             raised = self.deliver(report)
             stop = bool(raised) and s.diagnostics.on_alarm == "stop" and not last
             best = s.checkpoint.keep_best and self.best["step"] == self.step
-            if last or best or stop or _due(self.step, s.checkpoint.every):
+            saved = last or best or stop or _due(self.step, s.checkpoint.every)
+            if saved:
                 self.save()
             if stop:
                 raise AlarmError(
                     f"{'; '.join(map(str, raised))}. The run stops here because diagnostics.on_alarm=stop, with a "
                     "checkpoint; the same command goes on from it"
                 )
+            if examined:
+                self.tell(report, saved=saved)
         return report
+
+    def tell(self, report: Report, *, saved: bool) -> None:
+        """Tell of an evaluation; a run that is pruned there leaves a checkpoint."""
+        counts = [row for row in report.tables["evaluations"] if row["set"] == "validation"]
+        problems = {row["problem"]: row["correct"] / row["n"] for row in counts}
+        try:
+            self.on_evaluation(Evaluated(self.step, report.scalars, problems, self.totals["seconds"]))
+        except Pruned:
+            if not saved:
+                self.save()
+            raise
 
     def deliver(self, report: Report) -> list[Alarm]:
         """Publish a step's report; the alarms that begin with it."""

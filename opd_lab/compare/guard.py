@@ -7,6 +7,7 @@ are not one quantity. What means the same for every method are the `YARDSTICKS`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from opd_lab.tracking import read
@@ -29,6 +30,41 @@ _KINDS = {  # what a divergence tag holds -> what kind of number it is
     "jsd": "a Jensen-Shannon divergence, nats",
 }
 NOT_SAID = "not said"
+
+
+# The areas of metrics that mean the same for every method; any other is a method's own.
+COMMON = ("eval", "kl", "entropy", "gap", "overlap", "rollout", "cost", "time", "memory")
+# What a metric's last word says of which way is better.
+BETTER = {"maximize": ("avg_at", "pass_at", "per_second"), "minimize": ("nats", "tokens", "seconds", "bytes", "calls")}
+
+
+def direction(metric: str) -> str:
+    """Which way is better.
+
+    Raises:
+        ValueError: its name does not say.
+    """
+    for way, words in BETTER.items():
+        if any(metric.rstrip("0123456789_").endswith(word) for word in words):
+            return way
+    raise ValueError(
+        f"sweep.objective must say which way {metric} is better: sweep.objective={{{metric}: maximize}} or minimize"
+    )
+
+
+def comparable(metric: str, keys: Sequence[str]) -> None:
+    """Refuse to rank by a number that is another quantity for another trial.
+
+    Raises:
+        ValueError: a loss in a space that changes the method; a method's own metric in a space of methods.
+    """
+    changed = [key for key in keys if key.partition(".")[0] == "method"]
+    area = metric.partition("/")[0]
+    if (changed and area == "loss") or ("method" in changed and area not in COMMON):
+        raise ValueError(
+            f"sweep.objective must mean the same for every trial, got {metric} in a space over {', '.join(changed)}; "
+            "rank by eval/validation/avg_at_*, eval/validation/reverse_kl_mean_nats or kl/reverse_mean_nats"
+        )
 
 
 def conventions(folder: Path) -> dict[str, str]:

@@ -1,0 +1,131 @@
+"""Optuna's samplers and pruners by name, made so that a sweep which was killed draws what it would have drawn.
+
+Optuna's samplers keep a random state that no storage holds. Here every draw comes from a sampler made anew from
+(seed, trial number, key), so it is a pure function of those and of the trials before; a trial that was killed between
+two of its keys goes on with the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optuna
+from optuna import pruners, samplers
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from opd_lab.sweep.settings import SweepSettings
+from opd_lab.sweep.space import Params, Space
+
+RETRY_OF = "retry_of"  # user attribute of a trial that repeats the params of a failed one
+
+
+class Reseeded(samplers.BaseSampler):
+    """A sampler without memory: `make(seed)` is called for every draw."""
+
+    def __init__(self, make: Callable[[int], samplers.BaseSampler], seed: int) -> None:
+        self._make, self._seed = make, seed
+
+    def _of(self, trial: FrozenTrial, key: str) -> samplers.BaseSampler:
+        digest = hashlib.sha256(f"{self._seed} {trial.number} {key}".encode()).digest()
+        return self._make(int.from_bytes(digest[:4], "big"))
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._of(trial, "").infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._of(trial, "").sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._of(trial, param_name).sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._of(trial, "").before_trial(study, trial)
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        self._of(trial, "").after_trial(study, trial, state, values)
+
+
+class Grid(samplers.BaseSampler):
+    """Every point once, in the order of the file. Optuna's own grid knows no conditional keys and draws its order."""
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+        self._points = {tuple(space.overrides(point)): point for point in space.points()}
+
+    def point(self, study: optuna.Study, number: int) -> Params:
+        """The first point that no earlier trial has, retries left out."""
+        before = [t for t in study.get_trials(deepcopy=False) if t.number < number and RETRY_OF not in t.user_attrs]
+        taken = {tuple(self._space.overrides(t.params)) for t in before}
+        return next(point for words, point in self._points.items() if words not in taken)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self.point(study, trial.number)[param_name]
+
+
+class _QMC(samplers.QMCSampler):
+    """The point of a low-discrepancy sequence is the trial's number, instead of a counter that a kill can skip."""
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        self._number = trial.number
+        return super().sample_relative(study, trial, search_space)
+
+    def _find_sample_id(self, study: optuna.Study, search_space: dict[str, BaseDistribution]) -> int:
+        return self._number
+
+
+def make_sampler(s: SweepSettings, space: Space) -> samplers.BaseSampler:
+    if s.sampler in (None, "grid"):
+        return Grid(space)
+    first = s.startup_trials
+    make: dict[str, Callable[[int], samplers.BaseSampler]] = {
+        "random": lambda seed: samplers.RandomSampler(seed=seed),
+        "tpe": lambda seed: samplers.TPESampler(seed=seed, n_startup_trials=first),
+        "gp": lambda seed: samplers.GPSampler(seed=seed, n_startup_trials=first),
+        "cmaes": lambda seed: samplers.CmaEsSampler(seed=seed, n_startup_trials=first, warn_independent_sampling=False),
+        "nsgaii": lambda seed: samplers.NSGAIISampler(seed=seed, population_size=s.population),
+        "qmc": lambda seed: _QMC(
+            seed=s.seed,
+            scramble=True,
+            independent_sampler=samplers.RandomSampler(seed=seed),
+            warn_independent_sampling=False,
+        ),
+    }
+    return Reseeded(make[s.sampler], s.seed)
+
+
+def make_pruner(s: SweepSettings, *, every: int, steps: int) -> pruners.BasePruner:
+    """`every`: steps between evaluations; `steps`: of a whole trial, all seeds."""
+    p = s.pruning
+    median = pruners.MedianPruner(n_startup_trials=p.startup_trials, n_warmup_steps=p.warmup_steps)
+    if s.pruner is None:
+        return pruners.NopPruner()
+    if s.pruner == "median":
+        return median
+    if s.pruner == "patient":
+        return pruners.PatientPruner(median, patience=p.patience)
+    if s.pruner == "hyperband":
+        return pruners.HyperbandPruner(min_resource=every, max_resource=steps, reduction_factor=p.reduction_factor)
+    if s.pruner == "successive_halving":
+        return pruners.SuccessiveHalvingPruner(min_resource=every, reduction_factor=p.reduction_factor)
+    return pruners.WilcoxonPruner(p_threshold=p.p_threshold, n_startup_steps=p.startup_trials)

@@ -1,0 +1,85 @@
+"""Trials side by side, each alone with its fate; a sweep that was cut off goes on as if it had not been."""
+
+import pytest
+from bench import Bench, sweep_settings
+from optuna.trial import TrialState
+
+FATES = {"fate": ["well", "killed", "raises", "diverges", "well again"]}
+
+
+def test_a_grid_runs_every_point_once_in_order(tmp_path):
+    settings = sweep_settings(space={"top": [0.2, 0.4], "x": "range(0,3)"})
+    bench = Bench(tmp_path, settings).run()
+    assert [tuple(row["params"].values()) for row in bench.table()] == [
+        (0.2, 0), (0.2, 1), (0.2, 2), (0.4, 0), (0.4, 1), (0.4, 2),
+    ]  # fmt: skip
+    assert [row["values"] for row in bench.table()] == [[0.2]] * 3 + [[0.4]] * 3
+    assert bench.table()[5]["reported"] == pytest.approx({1: 0.1, 2: 0.2, 3: 0.3, 4: 0.4})
+    again = Bench(tmp_path, settings).run()
+    assert again.table() == bench.table()
+    assert "started" not in again.out.getvalue()
+
+
+def test_each_fate_is_that_trials_alone(tmp_path):
+    bench = Bench(tmp_path, sweep_settings(space=FATES), slots=2).run()
+    assert bench.states() == "COMPLETE FAIL FAIL FAIL COMPLETE"
+    why = [t.user_attrs.get("why", "") for t in bench.study.trials()]
+    assert why[1] == "killed by SIGKILL (out of memory?)"
+    assert why[2].endswith("RuntimeError: no such luck\n")
+    assert why[3] == "eval/validation/avg_at_4 is nan after run 0"
+    assert 'raise RuntimeError("no such luck")' in bench.out.getvalue()
+
+
+def test_time_and_memory_have_limits(tmp_path):
+    settings = sweep_settings(space={"fate": ["slow", "large", "well"]}, time_limit_seconds=4.0)
+    bench = Bench(tmp_path, settings, slots=2, memory_limit_gib=1.2).run()
+    assert bench.states() == "FAIL FAIL COMPLETE"
+    why = [t.user_attrs.get("why", "") for t in bench.study.trials()]
+    assert why[0] == "time limit of 4 s"
+    assert why[1].startswith("memory limit of 1.2 GiB: it used 1.")
+
+
+def test_a_failed_trial_is_repeated_under_a_number_of_its_own(tmp_path):
+    bench = Bench(tmp_path, sweep_settings(space={"fate": ["raises", "well"]}, retries=2)).run()
+    assert bench.states() == "FAIL FAIL FAIL COMPLETE"
+    assert [t.user_attrs.get("retry_of") for t in bench.study.trials()] == [None, 0, 1, None]
+    assert [t.params["fate"] for t in bench.study.trials()] == ["raises", "raises", "raises", "well"]
+    assert (bench.study.failures(), bench.study.count_ended()) == (1, 2)
+
+
+@pytest.mark.parametrize(("limit", "states"), [({"max_failures": 0}, "FAIL"), ({"fail_fast": True}, "FAIL")])
+def test_a_sweep_may_end_at_failures(tmp_path, limit, states):
+    bench = Bench(tmp_path, sweep_settings(space={"fate": ["raises", "well", "diverges"]}, **limit)).run()
+    assert bench.states() == states
+    assert bench.trials.stopped and next(iter(limit)) in bench.trials.stopped
+
+
+def test_trials_that_share_a_run_folder_take_turns(tmp_path):
+    settings = sweep_settings(space={"top": "interval(0.5,0.5000001)"}, sampler="random", trials=3)
+    bench = Bench(tmp_path, settings, slots=2, seconds=0.05)
+    same = bench.trials.plan.orders({"top": 0.5})
+    object.__setattr__(bench.trials.plan, "orders", lambda params: same)
+    overlapping = []
+    submit = bench.trials.launcher.submit
+
+    def counted(folder):
+        overlapping.append(len(bench.trials.running))
+        return submit(folder)
+
+    bench.trials.launcher.submit = counted
+    bench.run()
+    assert bench.states() == "COMPLETE COMPLETE COMPLETE"
+    assert overlapping == [0, 0, 0]
+
+
+def test_a_stopped_trial_is_resumed_under_its_number(tmp_path):
+    settings = sweep_settings(space={"top": [0.2, 0.4]})
+    bench = Bench(tmp_path, settings, seconds=0.3)
+    moved = bench.trials.view.moved
+    bench.trials.view.moved = lambda running: (moved(running), bench.trials._interrupted())
+    bench.run()
+    assert bench.states() == "RUNNING" and bench.trials.interrupted
+    again = Bench(tmp_path, settings).run()
+    assert again.states() == "COMPLETE COMPLETE"
+    assert again.study.trials()[0].user_attrs["attempts"] == 2
+    assert again.study.count(TrialState.RUNNING) == 0
