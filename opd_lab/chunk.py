@@ -12,6 +12,7 @@ from torch import Tensor
 from opd_lab import divergence as d
 from opd_lab.types import LOGP_STUDENT, Signal, hidden
 
+IN_CACHE = 1 << 19  # log-probs at a time
 NOWHERE = -1e9  # a logit whose probability is exactly 0 in any type; finite, so that no difference of two is NaN
 
 
@@ -124,8 +125,21 @@ class Chunk(Mapping[Signal, Any]):
         return self._once("logq_NV", lambda: _log_probs(self._teacher, "teacher").detach())
 
     @property
+    def p_NV(self) -> Tensor:
+        return self._once("p_NV", lambda: self.logp_NV.exp())
+
+    @property
+    def q_NV(self) -> Tensor:
+        return self._once("q_NV", lambda: self.logq_NV.exp())
+
+    @property
     def logr_NV(self) -> Tensor:
         return self._once("logr_NV", lambda: _log_probs(self._reference, "reference").detach())
+
+    def likeliest(self, owner: str, k: int) -> Tensor:
+        """Ids [N, K] of the student's or the teacher's k likeliest tokens."""
+        logp_NV = self.logp_NV if owner == "student" else self.logq_NV
+        return self._once(("likeliest", owner, k), lambda: d.likeliest(logp_NV, k))
 
     def layers(self, owner: str, signal: Signal) -> Tensor:
         states = self._student if owner == "student" else self._teacher
@@ -140,6 +154,28 @@ class Chunk(Mapping[Signal, Any]):
 
     def __getitem__(self, signal: Signal) -> Any:
         return self._once(signal, lambda: COMPUTE[signal.name](self, **dict(signal.args)))
+
+    @torch.no_grad()
+    def read(self, signals: frozenset[Signal]) -> dict[Signal, Tensor]:
+        """These signals, detached, one number per token each. On a CPU, those that nobody has asked for yet are
+        computed for so few tokens at a time that what lies between log-probs and sums stays in the cache."""
+        rest = frozenset(s for s in signals if s not in self._known and s.name != "hidden")
+        found = {signal: self[signal].detach() for signal in signals - rest}
+        full: dict[str, Tensor] = {}
+        for owner in reads(rest):
+            log_probs, probs = _FULL[owner]
+            full[log_probs] = getattr(self, log_probs).detach()
+            full |= {probs: self._known[probs].detach()} if probs in self._known else {}
+        width = max((value.shape[-1] for value in full.values()), default=1)
+        size = max(IN_CACHE // width, 1) if self.ids_N.device.type == "cpu" else len(self.ids_N)
+        parts: dict[Signal, list[Tensor]] = {signal: [] for signal in rest}
+        for begin in range(0, len(self.ids_N), size):
+            rows = slice(begin, begin + size)
+            part = Chunk(self.ids_N[rows], None, None)
+            part._known |= {name: value[rows] for name, value in full.items()}
+            for signal, values in parts.items():
+                values.append(part[signal])
+        return found | {signal: torch.cat(values) for signal, values in parts.items()}
 
     def __iter__(self) -> Iterator[Signal]:
         return (key for key in self._known if isinstance(key, Signal))
@@ -163,24 +199,23 @@ def _sampled(logp_NV: Tensor, ids_N: Tensor) -> Tensor:
 
 
 def _overlap(c: Chunk, k: int) -> Tensor:
-    _, shared_NK = d.support_of(c.logp_NV, c.logq_NV, k, "intersection")
+    shared_NK = d.shared(c.likeliest("teacher", k), c.likeliest("student", k))
     return shared_NK.double().mean(-1).to(c.logp_NV.dtype)
 
 
 def _outside(c: Chunk, k: int) -> Tensor:
-    ids_NK, _ = d.support_of(c.logp_NV, c.logq_NV, k, "teacher")
-    return 1 - c.logp_NV.gather(-1, ids_NK).exp().sum(-1)
+    return 1 - c.logp_NV.gather(-1, c.likeliest("teacher", k)).exp().sum(-1)
 
 
 COMPUTE: dict[str, Callable[..., Any]] = {
     "logp_student": lambda c: _sampled(c.logp_NV, c.ids_N),
     "logp_old": lambda c: c[LOGP_STUDENT].detach(),
     "logp_teacher": lambda c: _sampled(c.logq_NV, c.ids_N),
-    "entropy_student": lambda c: d.entropy(c.logp_NV),
-    "entropy_teacher": lambda c: d.entropy(c.logq_NV),
-    "reverse_kl": lambda c: d.reverse_kl(c.logp_NV, c.logq_NV),
-    "forward_kl": lambda c: d.forward_kl(c.logp_NV, c.logq_NV),
-    "total_variation": lambda c: d.total_variation(c.logp_NV, c.logq_NV),
+    "entropy_student": lambda c: d.entropy(c.logp_NV, c.p_NV),
+    "entropy_teacher": lambda c: d.entropy(c.logq_NV, c.q_NV),
+    "reverse_kl": lambda c: d.reverse_kl(c.logp_NV, c.logq_NV, c.p_NV),
+    "forward_kl": lambda c: d.forward_kl(c.logp_NV, c.logq_NV, c.q_NV),
+    "total_variation": lambda c: d.total_variation(c.p_NV, c.q_NV),
     "jsd": lambda c, beta: d.jsd(c.logp_NV, c.logq_NV, beta),
     "topk": lambda c, k, support: d.topk(c.logp_NV, c.logq_NV, k, support),
     "topk_reverse_kl": lambda c, k, support: d.topk_kl(
@@ -202,6 +237,9 @@ _ALONE = {  # signals of one model
     "teacher": {"logp_teacher", "entropy_teacher", "rank_teacher", "full_teacher"},
     "reference": {"logp_reference", "full_reference"},
 }
+
+
+_FULL = {"student": ("logp_NV", "p_NV"), "teacher": ("logq_NV", "q_NV"), "reference": ("logr_NV", "r_NV")}
 
 
 def reads(signals: frozenset[Signal]) -> frozenset[str]:
@@ -251,6 +289,6 @@ def measure(
         rows = slice(start, start + chunk)
         own, frozen = (None if states is None else states.at(rows) for states in (student, reference))
         seen = Chunk(ids_N[rows], own, cut(teacher, rows), frozen)
-        for signal, values in parts.items():
-            values.append(seen[signal])
+        for signal, value_N in seen.read(wanted).items():
+            parts[signal].append(value_N)
     return {s: torch.cat(values) if values else torch.zeros(0, device=ids_N.device) for s, values in parts.items()}

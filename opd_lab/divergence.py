@@ -17,30 +17,34 @@ from opd_lab.types import TopK
 TAILS = ("bucket", "renormalise", "truncate")
 
 
-def expectation(logp_NV: Tensor, value_NV: Tensor) -> Tensor:
-    """sum_v p(v) value(v), with 0 * inf = 0: a token without mass contributes nothing, not NaN."""
-    p_NV = logp_NV.exp()
+def expectation(logp_NV: Tensor, value_NV: Tensor, p_NV: Tensor | None = None) -> Tensor:
+    """sum_v p(v) value(v), with 0 * inf = 0: a token without mass contributes nothing, not NaN. Here and below, `p_NV`
+    and `q_NV` are the exponentials of the log-probs, for callers who have them already."""
+    p_NV = logp_NV.exp() if p_NV is None else p_NV
+    total_N = (p_NV * value_NV).sum(-1)
+    if bool(total_N.isfinite().all()):  # nearly always; the passes over the vocabulary below cost as much again
+        return total_N
     return (p_NV * value_NV.masked_fill(p_NV == 0, 0.0)).sum(-1)
 
 
-def entropy(logp_NV: Tensor) -> Tensor:
+def entropy(logp_NV: Tensor, p_NV: Tensor | None = None) -> Tensor:
     """H(p) = -sum_v p log p."""
-    return -expectation(logp_NV, logp_NV)
+    return -expectation(logp_NV, logp_NV, p_NV)
 
 
-def reverse_kl(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
+def reverse_kl(logp_NV: Tensor, logq_NV: Tensor, p_NV: Tensor | None = None) -> Tensor:
     """KL(p || q) = sum_v p (log p - log q)."""
-    return expectation(logp_NV, logp_NV - logq_NV)
+    return expectation(logp_NV, logp_NV - logq_NV, p_NV)
 
 
-def forward_kl(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
+def forward_kl(logp_NV: Tensor, logq_NV: Tensor, q_NV: Tensor | None = None) -> Tensor:
     """KL(q || p) = sum_v q (log q - log p)."""
-    return expectation(logq_NV, logq_NV - logp_NV)
+    return expectation(logq_NV, logq_NV - logp_NV, q_NV)
 
 
-def total_variation(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:
-    """TV(p, q) = sum_v |p - q| / 2 = 1 - sum_v min(p, q)."""
-    return (logp_NV.exp() - logq_NV.exp()).abs().sum(-1) / 2
+def total_variation(p_NV: Tensor, q_NV: Tensor) -> Tensor:
+    """TV(p, q) = sum_v |p - q| / 2 = 1 - sum_v min(p, q), of probabilities."""
+    return (p_NV - q_NV).abs().sum(-1) / 2
 
 
 def jsd(logp_NV: Tensor, logq_NV: Tensor, beta: float) -> Tensor:
@@ -55,14 +59,34 @@ def jsd(logp_NV: Tensor, logq_NV: Tensor, beta: float) -> Tensor:
     return beta * expectation(logq_NV, logq_NV - logm_NV) + (1 - beta) * expectation(logp_NV, logp_NV - logm_NV)
 
 
+GROUP = 128  # tokens of the vocabulary looked at together
+
+
+def likeliest(logp_NV: Tensor, k: int) -> Tensor:
+    """Ids [N, K] of the k likeliest tokens, in order. They lie in the k groups of tokens whose best are the best of
+    all: so a large vocabulary is passed over once, and only those groups are searched."""
+    logp_NV, V = logp_NV.detach(), logp_NV.shape[-1]
+    if V % GROUP or k * GROUP * 2 > V:  # too small to gain from it, or not made of whole groups
+        return logp_NV.topk(min(k, V)).indices
+    in_groups_NGX = logp_NV.unflatten(-1, (-1, GROUP))
+    group_NK = in_groups_NGX.amax(-1).topk(k).indices
+    candidate_NC = in_groups_NGX.gather(1, group_NK[..., None].expand(-1, -1, GROUP)).flatten(1)
+    place_NK = candidate_NC.topk(k).indices
+    return group_NK.gather(1, place_NK // GROUP) * GROUP + place_NK % GROUP
+
+
+def shared(one_NK: Tensor, other_NK: Tensor) -> Tensor:
+    """Which ids of the first are among those of the second."""
+    return (one_NK[:, :, None] == other_NK[:, None, :]).any(-1)
+
+
 def support_of(logp_NV: Tensor, logq_NV: Tensor, k: int, support: str) -> tuple[Tensor, Tensor]:
     """Ids [N, K] of the k likeliest tokens of student, teacher, union or intersection, and which of them count."""
-    k = min(k, logp_NV.shape[-1])
     if support in ("student", "teacher"):
-        ids_NK = (logp_NV if support == "student" else logq_NV).detach().topk(k).indices
+        ids_NK = likeliest(logp_NV if support == "student" else logq_NV, k)
         return ids_NK, torch.ones_like(ids_NK, dtype=torch.bool)
-    student_NK, teacher_NK = logp_NV.detach().topk(k).indices, logq_NV.topk(k).indices
-    shared_NK = (teacher_NK[:, :, None] == student_NK[:, None, :]).any(-1)
+    student_NK, teacher_NK = likeliest(logp_NV, k), likeliest(logq_NV, k)
+    shared_NK = shared(teacher_NK, student_NK)
     if support == "intersection":
         return teacher_NK, shared_NK
     # union: the student's, then those of the teacher's that are new

@@ -129,8 +129,8 @@ class _Job:
                 add(self.totals, {term: part.detach()})
                 _into(self.out.losses, term, rows, loss_N.detach(), len(self.tokens.ids_N))
         with torch.no_grad():
-            for signal in self.record:
-                _into(self.out.signals, signal, rows, seen[signal].detach(), len(self.tokens.ids_N))
+            for signal, value_N in seen.read(self.record).items():
+                _into(self.out.signals, signal, rows, value_N, len(self.tokens.ids_N))
             if self.tally:
                 add(self.out.tallies, self.tally(view))
         return total

@@ -43,7 +43,15 @@ def test_the_golden_vector() -> None:
 
 def test_a_type_is_judged_by_its_own_first_and_last_windows_weighted_by_its_tokens() -> None:
     of = quadrants(vocabulary=2)
-    for mean, count, other in ((4.0, 1, 1), (1.0, 3, 0), (9.0, 5, 0), (8.0, 1, 0), (2.0, 1, 1), (3.0, 3, 0)):
+    for mean, count, other in (
+        (4.0, 1, 1),
+        (1.0, 3, 0),
+        (9.0, 5, 0),
+        (8.0, 1, 0),
+        (2.0, 1, 1),
+        (3.0, 3, 0),
+        (6.0, 0, 0),
+    ):
         window(of, [mean, 0.5], [count, other])
     first, second = of.columns([0, 1])
     assert (first["kl_first_mean_nats"], first["kl_last_mean_nats"]) == (7 / 4, 11 / 4)

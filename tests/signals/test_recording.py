@@ -185,3 +185,20 @@ def test_the_old_log_prob_is_the_current_one_until_it_is_given() -> None:
     later = replace(m, tokens=replace(m.tokens, signals={LOGP_OLD: logp_N - math.log(2)}))
     _, out = later.run(loss)
     torch.testing.assert_close(out.losses["opd"][~UNTRAINED], torch.full((8,), 2.0, dtype=torch.float64))
+
+
+def test_a_few_tokens_at_a_time_or_all_at_once_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the losses asked for already is taken as it is; the rest is computed in pieces of one token."""
+    m = models()
+    logits = [model.head.logits(model.hidden_NH) for model in (m.student, m.teacher)]
+    whole, pieces = (Chunk(m.tokens.ids_N, *logits) for _ in range(2))
+    expected = whole.read(EVERYTHING)
+    monkeypatch.setattr("opd_lab.chunk.IN_CACHE", 1)
+    asked = pieces[REVERSE_KL]
+    assert asked.requires_grad
+    found = pieces.read(EVERYTHING)
+    assert found.keys() == expected.keys() == EVERYTHING
+    for signal, value_N in expected.items():
+        torch.testing.assert_close(found[signal], value_N)
+        assert not found[signal].requires_grad
+    assert torch.equal(found[REVERSE_KL], asked)
