@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opd_lab import divergence as d
-from opd_lab.types import LOGP_STUDENT, Signal, hidden
+from opd_lab.types import Signal, hidden
 
 IN_CACHE = 1 << 19  # log-probs at a time
 NOWHERE = -1e9  # a logit whose probability is exactly 0 in any type; finite, so that no difference of two is NaN
@@ -198,6 +198,10 @@ def _sampled(logp_NV: Tensor, ids_N: Tensor) -> Tensor:
     return logp_NV.gather(-1, ids_N[:, None])[:, 0]
 
 
+def _logp_student(c: Chunk, temperature: float = 1.0) -> Tensor:
+    return _sampled(c.logp_NV if temperature == 1 else (c.logp_NV / temperature).log_softmax(-1), c.ids_N)
+
+
 def _overlap(c: Chunk, k: int) -> Tensor:
     shared_NK = d.shared(c.likeliest("teacher", k), c.likeliest("student", k))
     return shared_NK.double().mean(-1).to(c.logp_NV.dtype)
@@ -208,8 +212,8 @@ def _outside(c: Chunk, k: int) -> Tensor:
 
 
 COMPUTE: dict[str, Callable[..., Any]] = {
-    "logp_student": lambda c: _sampled(c.logp_NV, c.ids_N),
-    "logp_old": lambda c: c[LOGP_STUDENT].detach(),
+    "logp_student": _logp_student,
+    "logp_old": lambda c, **at: c[Signal("logp_student", tuple(at.items()))].detach(),
     "logp_teacher": lambda c: _sampled(c.logq_NV, c.ids_N),
     "entropy_student": lambda c: d.entropy(c.logp_NV, c.p_NV),
     "entropy_teacher": lambda c: d.entropy(c.logq_NV, c.q_NV),

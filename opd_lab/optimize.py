@@ -11,8 +11,9 @@ from torch import Tensor
 from opd_lab.methods.base import Method
 from opd_lab.models import LM
 from opd_lab.settings import OptimSettings
+from opd_lab.signals import add
 from opd_lab.step import Gradient, StatesOf, View, accumulate_gradient
-from opd_lab.types import LOGP_OLD, LOGP_STUDENT, Batch, Signal
+from opd_lab.types import Batch, Signal, remembered
 
 
 class DivergedError(RuntimeError):
@@ -27,6 +28,8 @@ class Learned:
     weights: dict[str, Tensor]
     gradient_norm: float  # before clipping, of the first update
     skipped: int  # updates left out because no token had weight
+    clipped: float  # share of the updates whose gradient was longer than `optim.clip_norm`
+    later: dict[str, Tensor]  # tallies of the updates after the first, added up
 
 
 def learning_rate(optim: OptimSettings, step: int, steps: int) -> float:
@@ -61,8 +64,9 @@ def learn(
         DivergedError: the objective or the gradient is not finite; nothing was updated.
     """
     weights = method.weights(batch)
-    first, norm, skipped = None, 0.0, 0
-    several = optim.updates_per_rollout > 1
+    first, norm, skipped, clipped = None, 0.0, 0, 0
+    later: dict[str, Tensor] = {}
+    constants = remembered(method.needs().tokens) if optim.updates_per_rollout > 1 else {}
     for group in optimizer.param_groups:
         group["lr"] = rate
     for _ in range(optim.updates_per_rollout):
@@ -75,15 +79,18 @@ def learn(
             views,
             micro_batch=optim.micro_batch,
             chunk=optim.chunk_tokens,
-            record=(record | ({LOGP_STUDENT} if several else set())) if first is None else frozenset(),
-            old=None if first is None else {LOGP_OLD: first.signals[LOGP_OLD]},
+            record=record | set(constants.values()) if first is None else frozenset(),
+            old=None if first is None else {old: first.signals[now] for old, now in constants.items()},
         )
         now = _apply(optimizer, gradient, batch, optim.clip_norm)
         skipped += now == 0.0
+        clipped += optim.clip_norm is not None and now > optim.clip_norm
         if first is None:
             first, norm = gradient, now
+        else:
+            add(later, gradient.tallies)
     assert first is not None
-    return Learned(first, weights, norm, skipped)
+    return Learned(first, weights, norm, skipped, clipped / optim.updates_per_rollout, later)
 
 
 def _apply(optimizer: torch.optim.Optimizer, gradient: Gradient, batch: Batch, clip_norm: float | None) -> float:

@@ -184,7 +184,7 @@ def identity(
     """Who this run is: its params, the conventions of its loss as tags, its models and data by digest."""
     params = flat({k: v for k, v in dataclasses.asdict(settings).items() if k not in ("tracking", "allow")})
     b = settings.rollout
-    conventions = parts.method.conventions()
+    conventions = {"loss_temperature": "1"} | parts.method.conventions()
     tags = conventions | {
         "conventions": " ".join(conventions),
         "method": method_name,
@@ -193,7 +193,6 @@ def identity(
         "seed": str(settings.seed),
         "sampling_temperature": f"{b.temperature:g}",
         "sampling_top_p": f"{b.top_p:g}",
-        "loss_temperature": "1",
         "config_digest": digest(settings),
         "data": parts.data.name,
         "data_digest": parts.data.digest,

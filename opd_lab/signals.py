@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opd_lab import divergence as d
 from opd_lab.chunk import Chunk, Declared, States, TeacherView, cut, measure
-from opd_lab.types import LOGP_OLD, Signal, Tokens
+from opd_lab.types import Signal, Tokens
 
 Losses = Callable[[Tokens], dict[str, Tensor]]
 Tally = Callable[[Tokens], dict[str, Tensor]]  # sums over tokens
@@ -116,7 +116,7 @@ class _Job:
 
     def step(self, rows: Tensor, terms: frozenset[str], student: States) -> Tensor:
         """One chunk: its share of the objective, with gradient to `student`."""
-        old = {LOGP_OLD: self.tokens.signals[LOGP_OLD][rows]} if LOGP_OLD in self.tokens.signals else None
+        old = {signal: value_N[rows] for signal, value_N in self.tokens.signals.items()}
         frozen = None if self.reference is None else self.reference.at(rows)
         seen = Chunk(self.tokens.ids_N[rows], student, cut(self.teacher, rows), frozen, old)
         view = at(self.tokens, rows, Declared(seen, self.declared, "needs().tokens of the method"))

@@ -19,7 +19,6 @@ from opd_lab.methods.base import Method, Writer
 from opd_lab.signals import add, objective
 from opd_lab.types import (
     ENTROPY_STUDENT,
-    LOGP_OLD,
     LOGP_STUDENT,
     Batch,
     Rollouts,
@@ -161,7 +160,7 @@ def accumulate_gradient(
 ) -> Gradient:
     """Add the gradient of the step's objective to the student's parameters, one micro-batch after the other.
 
-    `old` holds `LOGP_OLD` from the second update on the same rollouts on.
+    `old` holds the constants from before the first update, from the second update on.
     """
     mask_BT = batch.rollouts.mask_BT
     kept = {term: int((weight_BT != 0).sum()) for term, weight_BT in weights.items()}
@@ -181,7 +180,7 @@ def accumulate_gradient(
             chunk=chunk,
             record=record,
             reference=view.reference,
-            tally=method.tally if old is None else None,
+            tally=method.tally,
         )
         add(out.tallies, seen.tallies)
         if value.requires_grad:
@@ -196,6 +195,4 @@ def accumulate_gradient(
             losses.setdefault(term, []).append(seen.losses.get(term, missing_N).to(missing_N.dtype))
     out.signals = {signal: scatter(torch.cat(parts), mask_BT) for signal, parts in signals.items()}
     out.losses = {term: scatter(torch.cat(parts), mask_BT) for term, parts in losses.items()}
-    if LOGP_STUDENT in out.signals:
-        out.signals[LOGP_OLD] = out.signals[LOGP_STUDENT]
     return out

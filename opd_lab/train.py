@@ -164,7 +164,7 @@ class Trainer:
         self.totals["skipped_steps"] += learned.skipped
         self.step += 1
         known = {signal: batch[signal] for signal in p.method.needs().batch}
-        batch = replace(batch, tallies=gradient.tallies, losses=gradient.losses)
+        batch = replace(batch, tallies=gradient.tallies, losses=gradient.losses, later=learned.later)
         seen = replace(batch, signals=gradient.signals | known, step=self.step)
         self.state = self.parts.method.update(self.state, batch)
         with self.timed("diagnostics"):
@@ -180,6 +180,7 @@ class Trainer:
         report.scalars |= {
             "loss/total_value": gradient.objective,
             GRADIENT: learned.gradient_norm,
+            "optim/clipped_fraction": learned.clipped,
             "optim/learning_rate": learning_rate(s.optim, batch.step, s.steps),
             "optim/skipped_steps": float(self.totals["skipped_steps"]),
             "time/step_seconds": seconds,

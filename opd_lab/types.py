@@ -98,7 +98,7 @@ class Signal:
 
 
 LOGP_STUDENT = Signal("logp_student")  # of the sampled token, at temperature 1
-LOGP_OLD = Signal("logp_old")  # the same at the first update on these rollouts; a constant
+LOGP_OLD = Signal("logp_old")  # the same before the first update on these rollouts; a constant
 LOGP_TEACHER = Signal("logp_teacher")
 ENTROPY_STUDENT = Signal("entropy_student")
 ENTROPY_TEACHER = Signal("entropy_teacher")
@@ -111,6 +111,20 @@ FULL_STUDENT = Signal("full_student")  # log-probs of the whole vocabulary, shap
 FULL_TEACHER = Signal("full_teacher")
 FULL_REFERENCE = Signal("full_reference")
 RANK_TEACHER = Signal("rank_teacher")  # tokens that the teacher prefers to the sampled one
+
+
+def logp_student(temperature: float) -> Signal:
+    """Log-prob of the sampled token under the student's tempered distribution, unfiltered."""
+    return LOGP_STUDENT if temperature == 1 else Signal("logp_student", (("temperature", temperature),))
+
+
+def logp_old(temperature: float) -> Signal:
+    return Signal("logp_old", logp_student(temperature).args)
+
+
+def remembered(signals: frozenset[Signal]) -> dict[Signal, Signal]:
+    """Of these, what is a constant from before the first update, and the signal that it is then."""
+    return {signal: Signal("logp_student", signal.args) for signal in signals if signal.name == "logp_old"}
 
 
 def jsd(beta: float) -> Signal:
@@ -178,6 +192,7 @@ class Batch:
     # There after the gradient: what `Method.tally` made, and per term each trained token's loss, shape BT, else NaN.
     tallies: Mapping[str, Tensor] = field(default_factory=dict)
     losses: Mapping[str, Tensor] = field(default_factory=dict)
+    later: Mapping[str, Tensor] = field(default_factory=dict)  # tallies of the further updates on these rollouts, added
     cost: Mapping[str, int] = field(default_factory=dict)  # of the questions that `Method.consult` asked
     shown: list[dict[str, Any]] = field(default_factory=list)  # what `Method.consult` shows to people
 

@@ -32,6 +32,7 @@ CORE = [
        ("d.entropy(c.logq_NV, c.q_NV)", "d.entropy(c.logp_NV)"),
        ("c.logq_NV > _sampled", "c.logq_NV >= _sampled"),
        ("self.softcap * torch.tanh", "torch.tanh", "signals/test_objective.py"),
+       ("c.logp_NV / temperature", "c.logp_NV * temperature", "methods/test_scope_updates.py"),
        ("columns_E].logsumexp(-1, keepdim=True)", "columns_E].amax(-1, keepdim=True)", "test_stop_events.py"),
     ),
     *of("step.py", f"{CONTRACT}::test_micro_batches_change_nothing",

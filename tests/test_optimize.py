@@ -42,6 +42,7 @@ def test_a_clipped_gradient_has_the_allowed_norm(tmp_path, monkeypatch):
     before = logged[logged["name"] == "optim/gradient_norm"]["value"]
     assert norms == pytest.approx([0.01] * 4, rel=1e-3)
     assert (before > 0.01).all()
+    assert (logged[logged["name"] == "optim/clipped_fraction"]["value"] == 1).all()
 
 
 def test_a_gradient_that_is_no_number_stops_the_run_and_names_the_rollout(tmp_path, monkeypatch):

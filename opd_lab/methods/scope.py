@@ -28,41 +28,48 @@ Differs: they scale weights to mean 1, take -w log pi over the correct tokens an
          (weight_scale mean_one, correct_loss nll, denominator official), so token counts decide between the paths.
 Differs: they average within micro-batches, not over the step, clip the ratio (clip, dual_clip), and cannot run
          unmodified: the loss asks for an argument that its caller does not pass.
-Differs: they take student log-probs at the sampling temperature and the teacher's at 1. Here `rollout` is refused
-         unless the two agree; tempered sampling with `unit` biases (3) a little.
+Differs: they take student log-probs at the sampling temperature and the teacher's at 1 (logprob_temperature rollout):
+         then (3) is unbiased for KL(pi_T || teacher), T the temperature; with `unit` tempered sampling biases it a
+         little. The exact losses full and topk stay at 1.
 
 Metrics, all scope/: {correct_rollout,all_correct_prompt,mixed_prompt,all_wrong_prompt,singleton_group,truncated,
-teacher_missing}_fraction; {correct,wrong}_{group_mean_rollouts,ess_fraction,weight_max}; ppl_student_correct_mean,
-ppl_teacher_wrong_mean, correct_nll_mean_nats, gap_wrong_mean_nats, gap_wrong_square_mean_nats2,
-length_ppl_teacher_correlation (wrong rollouts); histograms nll_student_correct_nats, nll_teacher_wrong_nats,
-{correct,wrong}_weight, gap_wrong_q{1,2,3,4}_nats (by quarter of teacher perplexity). (2) has the constant value -1 per
-token: read correct_nll_mean_nats instead of loss/correct_value, and *_ess_fraction before crediting the weights.
+teacher_missing}_fraction; {correct,wrong}_{group_mean_rollouts,ess_fraction,weight_max}; {correct,wrong}_loss, each
+path's part of J; ppl_student_correct_mean, ppl_teacher_wrong_mean, correct_nll_mean_nats, gap_wrong_mean_nats,
+gap_wrong_square_mean_nats2, length_ppl_teacher_correlation (wrong rollouts); clipped_fraction (of wrong tokens, in the
+updates after the first: in the first nothing can be clipped); histograms nll_student_correct_nats,
+nll_teacher_wrong_nats, {correct,wrong}_weight, gap_wrong_q{1,2,3,4}_nats (by quarter of teacher perplexity). (2) has
+the constant value -1 per token: read correct_nll_mean_nats instead of correct_loss, and *_ess_fraction before crediting
+the weights. Table scope_extremes, every step: the rollouts of either path with the highest perplexity, with weight and
+text.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from opd_lab import divergence as d
-from opd_lab.methods.base import Method, choice, rollout_mean, within
-from opd_lab.types import LOGP_OLD, LOGP_STUDENT, LOGP_TEACHER, REVERSE_KL, Batch, Facts, Needs, Tokens, topk
+from opd_lab.methods.base import Ask, Method, choice, rollout_mean, within
+from opd_lab.methods.scope_report import Path, report, shares, show_extremes
+from opd_lab.types import (
+    LOGP_TEACHER,
+    REVERSE_KL,
+    Batch,
+    Facts,
+    Needs,
+    Signal,
+    Tokens,
+    logp_old,
+    logp_student,
+    topk,
+)
 
 DIRECTION = {"high_ppl": 1.0, "low_ppl": -1.0, "uniform": 0.0}
-
-
-class Path(NamedTuple):
-    """Who takes a path, the NLL in nats per token, and the weight, 0 for who does not."""
-
-    member_B: Tensor
-    nll_B: Tensor
-    weight_B: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +91,7 @@ class SCOPE(Method):
     wrong_loss: str = "sampled"
     topk: int = 16
     correct_coef: float = 1.0
-    logprob_temperature: str = "unit"
+    logprob_temperature: str | float = "unit"  # a number once bound
     clip: float | None = None
     dual_clip: float = 3.0
     route: str = "verifier"
@@ -101,7 +108,8 @@ class SCOPE(Method):
         choice("wrong_loss", self.wrong_loss, ("sampled", "full", "topk", "none"))
         within("topk", self.topk, "in [1, vocabulary]", self.topk >= 1)
         within("correct_coef", self.correct_coef, ">= 0", self.correct_coef >= 0)
-        choice("logprob_temperature", self.logprob_temperature, ("unit", "rollout"))
+        if isinstance(self.logprob_temperature, str):
+            choice("logprob_temperature", self.logprob_temperature, ("unit", "rollout"))
         if self.clip is not None:
             within("clip", self.clip, "in (0, 1) or null", 0 < self.clip < 1)
         within("dual_clip", self.dual_clip, "> 1", self.dual_clip > 1)
@@ -113,11 +121,7 @@ class SCOPE(Method):
     def check(self, facts: Facts) -> None:
         if self.route == "verifier" and not facts.graded:
             raise ValueError(f"method=scope needs graded prompts (reward 0 or 1); data={facts.data} has none")
-        if self.logprob_temperature == "rollout" and facts.behavior.temperature != 1.0:
-            raise ValueError(
-                "method.logprob_temperature=rollout needs the student's log-probs at the sampling temperature, which "
-                f"the signals pass gives at 1 only, got rollout.temperature={facts.behavior.temperature:g}; use unit"
-            )
+        choice("logprob_temperature", str(self.logprob_temperature), ("unit", "rollout"))
         if facts.per_prompt == 1:
             warnings.warn(
                 "method=scope weighs the rollouts of one prompt against each other: with rollout.per_prompt=1 every "
@@ -125,15 +129,30 @@ class SCOPE(Method):
                 stacklevel=2,
             )
 
+    def bind(self, facts: Facts) -> Self:
+        same = self.logprob_temperature != "rollout"
+        return self if same else replace(self, logprob_temperature=float(facts.behavior.temperature))
+
+    @property
+    def temperature(self) -> float:
+        """Of the student's log-probs; 1 until `bind` has said what the rollouts' is."""
+        return 1.0 if isinstance(self.logprob_temperature, str) else self.logprob_temperature
+
+    @property
+    def logp(self) -> Signal:
+        """The student's log-prob of the sampled token."""
+        return logp_student(self.temperature)
+
     @property
     def trains(self) -> dict[str, bool]:
         return {"correct": self.correct_loss != "none", "wrong": self.wrong_loss != "none"}
 
     def needs(self) -> Needs:
         wrong = {"sampled": LOGP_TEACHER, "full": REVERSE_KL, "topk": topk(self.topk, "teacher")}.get(self.wrong_loss)
-        ratio = {LOGP_STUDENT, LOGP_OLD} if self.correct_loss != "none" or self.wrong_loss == "sampled" else set()
+        own = {self.logp, logp_old(self.temperature)}
+        ratio = own if self.correct_loss != "none" or self.wrong_loss == "sampled" else set()
         return Needs(
-            batch=frozenset({LOGP_STUDENT} | ({LOGP_TEACHER} if self.trains["wrong"] else set())),
+            batch=frozenset({self.logp} | ({LOGP_TEACHER} if self.trains["wrong"] else set())),
             tokens=frozenset(ratio | ({wrong} if wrong else set())),
         )
 
@@ -160,18 +179,21 @@ class SCOPE(Method):
     def losses(self, tokens: Tokens) -> dict[str, Tensor]:
         out = {}
         if self.correct_loss == "ratio":
-            out["correct"] = -ratio(tokens)  # (2)
+            out["correct"] = -ratio(tokens, self.temperature)  # (2)
         if self.correct_loss == "nll":
-            out["correct"] = -tokens[LOGP_STUDENT]
+            out["correct"] = -tokens[self.logp]
         if self.wrong_loss == "sampled":
-            gap_N = tokens[LOGP_STUDENT].detach() - tokens[LOGP_TEACHER]
-            gap_N = gap_N.masked_fill(~gap_N.isfinite(), 0.0)  # weight 0; 0 * NaN would reach the other path's gradient
-            out["wrong"] = self.importance(ratio(tokens), gap_N)  # (3)
+            out["wrong"] = self.importance(ratio(tokens, self.temperature), self.gap(tokens))  # (3)
         if self.wrong_loss == "full":
             out["wrong"] = tokens[REVERSE_KL]
         if self.wrong_loss == "topk":
             out["wrong"] = d.topk_kl(tokens[topk(self.topk, "teacher")], direction="reverse", tail="renormalise")
         return out
+
+    def gap(self, tokens: Tokens) -> Tensor:
+        """A; 0 where the teacher says nothing: of weight 0, but 0 * NaN would reach the other path's gradient."""
+        gap_N = tokens[self.logp].detach() - tokens[LOGP_TEACHER]
+        return gap_N.masked_fill(~gap_N.isfinite(), 0.0)
 
     def importance(self, rho_N: Tensor, gap_N: Tensor) -> Tensor:
         """rho A, or its dual-clipped form."""
@@ -184,7 +206,7 @@ class SCOPE(Method):
         """(4) and (5). A rollout without tokens, verdict or score is on no path."""
         correct_B, wrong_B = self.routed(batch)
         mask_BT = batch.rollouts.mask_BT
-        nll_S_B = -rollout_mean(batch[LOGP_STUDENT], mask_BT)
+        nll_S_B = -rollout_mean(batch[self.logp], mask_BT)
         nll_T_B = torch.full_like(nll_S_B, torch.nan)
         if self.trains["wrong"]:
             nll_T_B = -rollout_mean(batch[LOGP_TEACHER], mask_BT)
@@ -215,68 +237,41 @@ class SCOPE(Method):
             weight_B[inside_B] = share_B * (len(share_B) if self.weight_scale == "mean_one" else 1)
         return weight_B.masked_fill(weight_B < torch.finfo(torch.float32).tiny, 0.0)
 
-    def metrics(self, batch: Batch, weights: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
-        rollouts, mask_BT, length_B = batch.rollouts, batch.rollouts.mask_BT, batch.rollouts.length_B
+    def consult(self, ask: Ask, batch: Batch) -> dict[str, Tensor]:
         paths = self.paths(batch)
-        (correct_B, nll_S_B, _), (wrong_B, nll_T_B, _) = paths.values()
-        missing_B = self.routed(batch)[1] & ~wrong_B
-        inside_PB = rollouts.group_B.unique()[:, None] == rollouts.group_B
-        size = {term: (inside_PB & path.member_B).sum(1) for term, path in paths.items()}
-        gap_BT = batch[LOGP_STUDENT] - dict(batch.signals).get(LOGP_TEACHER, torch.nan)
-        gap_N = gap_BT[wrong_B[:, None] & mask_BT]
-        sizes = torch.cat(list(size.values()))
-        values: dict[str, float | Tensor] = {
-            "correct_rollout_fraction": mean(correct_B),
-            "all_correct_prompt_fraction": mean((size["correct"] > 0) & (size["wrong"] == 0)),
-            "mixed_prompt_fraction": mean((size["correct"] > 0) & (size["wrong"] > 0)),
-            "all_wrong_prompt_fraction": mean((size["correct"] == 0) & (size["wrong"] > 0)),
-            "singleton_group_fraction": mean(sizes[sizes > 0] == 1),
-            "truncated_fraction": mean(~rollouts.stopped_B),
-            "teacher_missing_fraction": mean(missing_B[missing_B | wrong_B]),
-            "ppl_student_correct_mean": mean(nll_S_B[correct_B].exp()),
-            "ppl_teacher_wrong_mean": mean(nll_T_B[wrong_B].exp()),
-            "correct_nll_mean_nats": mean(-batch[LOGP_STUDENT][correct_B[:, None] & mask_BT]),
-            "gap_wrong_mean_nats": mean(gap_N),
-            "gap_wrong_square_mean_nats2": mean(gap_N.square()),
-            "length_ppl_teacher_correlation": correlation(length_B[wrong_B].double(), nll_T_B[wrong_B].exp()),
-            "nll_student_correct_nats": nll_S_B[correct_B],
-            "nll_teacher_wrong_nats": nll_T_B[wrong_B],
-        }
-        for term, path in paths.items():
-            weight_N = path.weight_B[path.member_B]
-            weight_PB = inside_PB * path.weight_B
-            ess_P = weight_PB.sum(1).square() / weight_PB.square().sum(1)
-            values[f"{term}_group_mean_rollouts"] = mean(size[term][size[term] > 0])
-            values[f"{term}_ess_fraction"] = mean((ess_P / size[term])[size[term] > 1])
-            values[f"{term}_weight_max"] = max(weight_N.tolist(), default=math.nan)
-            values[f"{term}_weight"] = weight_N
-        row_N = wrong_B.nonzero()[:, 0]
-        row_N = row_N[nll_T_B[row_N].argsort()]  # from the least to the most surprised teacher
-        for quarter, rows in enumerate(row_N.tensor_split(4), 1):
-            values[f"gap_wrong_q{quarter}_nats"] = gap_BT[rows][mask_BT[rows]]
+        show_extremes(ask, batch, paths)
+        return {"wrong": paths["wrong"].member_B}
+
+    def tally(self, tokens: Tokens) -> dict[str, Tensor]:
+        """Tokens of wrong rollouts, and those whose loss the clip holds."""
+        wrong_N = tokens.consulted["wrong"]
+        if self.clip is None or self.wrong_loss != "sampled":
+            return {}
+        rho_N, gap_N = ratio(tokens, self.temperature), self.gap(tokens)
+        return {"wrong": wrong_N.sum(), "clipped": (wrong_N & (self.importance(rho_N, gap_N) != rho_N * gap_N)).sum()}
+
+    def metrics(self, batch: Batch, weights: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
+        paths, logp_BT = self.paths(batch), batch[self.logp]
+        missing_B = self.routed(batch)[1] & ~paths["wrong"].member_B
+        logq_BT = dict(batch.signals).get(LOGP_TEACHER, torch.full_like(logp_BT, torch.nan))
+        values = report(batch, paths, missing_B, logp_BT, logq_BT) | shares(batch, weights)
         return {f"scope/{name}": value for name, value in values.items()}
+
+    def tables(self, batch: Batch) -> dict[str, list[dict[str, Any]]]:
+        return {"scope_extremes": batch.shown}
 
     def conventions(self) -> dict[str, str]:
         alike = self.route == "all_wrong" and self.denominator in ("path_tokens", "all_tokens", "official")
         forms = {"full": "full_vocabulary", "topk": "topk_teacher_renormalise"}
         correct = {"likelihood": self.trains["correct"] and self.route == "verifier"}
-        return {
+        tempered = {} if self.temperature == 1 else {"loss_temperature": f"{self.temperature:g}"}
+        return tempered | {
             "divergence": "+".join(k for k, v in {"reverse_kl": self.trains["wrong"], **correct}.items() if v),
             "estimator": forms.get(self.wrong_loss, "k1_ratio"),
             "denominator": "tokens" if alike else self.denominator,
         }
 
 
-def ratio(tokens: Tokens) -> Tensor:
+def ratio(tokens: Tokens, temperature: float) -> Tensor:
     """(1)"""
-    return (tokens[LOGP_STUDENT] - tokens[LOGP_OLD].detach()).exp()
-
-
-def mean(value_N: Tensor) -> float:
-    return value_N.double().mean().item()
-
-
-def correlation(x_N: Tensor, y_N: Tensor) -> float:
-    """Pearson's; NaN where either does not vary."""
-    x_N, y_N = x_N - x_N.mean(), y_N - y_N.mean()
-    return ((x_N * y_N).sum() / (x_N.square().sum() * y_N.square().sum()).sqrt()).item()
+    return (tokens[logp_student(temperature)] - tokens[logp_old(temperature)].detach()).exp()

@@ -386,7 +386,7 @@ def test_refused_or_warned_before_the_first_token() -> None:
         SCOPE().check(replace(FACTS, graded=False))
     assert str(refused.value) == "method=scope needs graded prompts (reward 0 or 1); data=prose has none"
     SCOPE(route="all_wrong").check(replace(FACTS, graded=False))
-    with pytest.raises(ValueError, match=r"method.logprob_temperature=rollout needs .* got rollout.temperature=0.6"):
-        SCOPE(logprob_temperature="rollout").check(replace(FACTS, behavior=Behavior(temperature=0.6)))
+    with pytest.raises(ValueError, match=r"logprob_temperature must be one of unit, rollout, got 0\.6"):
+        SCOPE(logprob_temperature=0.6).check(FACTS)
     with pytest.warns(UserWarning, match=r"with rollout.per_prompt=1 every weight is 1"):
         SCOPE().check(replace(FACTS, per_prompt=1))
