@@ -44,28 +44,34 @@ def runs_in(folder: Path) -> list[Path]:
 
 def rebuild(folder: Path, uri: str) -> None:
     """Log every run of a folder into another MLflow store, from its files."""
-    from opd_lab.tracking import replay
-    from opd_lab.tracking.mlflow import MLflow
-
     for run in runs_in(folder):
-        replay.rebuild(run.absolute(), MLflow(uri, run.absolute().parents[1]))
+        _log_again(run, uri)
         print(f"{run.name} logged into {uri}")
 
 
 def deliver(run: Path) -> str:
-    """Hand over what waits in a run folder for its MLflow store.
+    """Bring a run's MLflow store whatever the run folder has and it has not; what it has stays as it is.
 
     Raises:
-        ValueError: this is no run with a store.
+        ValueError: this is no run with a store, or a process is working on it.
     """
-    from opd_lab.tracking import replay
-    from opd_lab.tracking.mlflow import IDENTITY, MLflow
+    from opd_lab.tracking.mlflow import IDENTITY
 
     if not (run / IDENTITY).is_file():
         raise ValueError(f"{run} is no run folder with an MLflow store (no {IDENTITY})")
-    uri = json.loads((run / IDENTITY).read_text())["uri"]
-    waited = replay.sync(run.absolute(), MLflow(uri, run.absolute().parents[1]))
-    return "delivered" if waited else "nothing waits to be delivered"
+    _log_again(run, json.loads((run / IDENTITY).read_text())["uri"])
+    return "delivered"
+
+
+def _log_again(run: Path, uri: str) -> None:
+    from opd_lab.run import alone
+    from opd_lab.tracking import replay
+    from opd_lab.tracking.mlflow import MLflow
+
+    run = run.absolute()
+    megabytes = OmegaConf.select(OmegaConf.load(run / "config.yaml"), "tracking.log_model_megabytes")
+    with alone(run):
+        replay.sync(run, MLflow(uri, run.parents[1], megabytes or 0))
 
 
 def show_runs(runs: Sequence[Path], folder: Path, baseline: str | None = None) -> None:

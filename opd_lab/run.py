@@ -175,7 +175,7 @@ def trackers(settings: RunSettings, folder: Path) -> Tracker:
         return FanOut([RunFolder()])
     from opd_lab.tracking.mlflow import MLflow
 
-    return FanOut([RunFolder(), MLflow(t.uri, Path(t.folder).absolute())])
+    return FanOut([RunFolder(), MLflow(t.uri, Path(t.folder).absolute(), t.log_model_megabytes)])
 
 
 def identity(
@@ -216,7 +216,7 @@ def identity(
         dataset={
             "name": parts.data.name,
             "source": settings.data.path or settings.data.kind,
-            "digest": parts.data.digest,
+            **{split: parts.data.digest_of(split) for split in ("train", "validation", "test")},
         },
         step=step,
     )

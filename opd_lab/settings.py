@@ -135,6 +135,7 @@ class TrackingSettings:
     folder: str  # where run folders live
     mlflow: bool
     uri: str | None  # None = SQLite file in `folder`
+    log_model_megabytes: float  # the final student becomes a logged model of MLflow if it is no larger; 0 = never
     experiment: str
     name: str | None  # run name; None = made from method, model, data, seed
 

@@ -324,6 +324,7 @@ class Trainer:
     def save(self) -> Path:
         """A complete checkpoint, or none."""
         c = self.settings.checkpoint
+        self.tracker.flush()
         path = checkpoint.save(
             self.folder / "checkpoints",
             self.step,

@@ -313,6 +313,7 @@ class Report:
     scalars: dict[str, float] = field(default_factory=dict)
     histograms: dict[str, Histogram] = field(default_factory=dict)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    time: float = 0.0  # seconds since 1970 at which the run folder took it; 0 = not yet
 
 
 def scatter(value_N: Tensor, mask_BT: Tensor) -> Tensor:

@@ -46,6 +46,11 @@ class Dataset:
     grade: Grader | None
     notes: list[str]
 
+    def digest_of(self, split: str) -> str:
+        """Of one split, as the student reads it."""
+        content = [(e.id, e.ids, e.answer) for e in getattr(self, split)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
 
 class Record(NamedTuple):
     """A prompt that is not rendered yet."""

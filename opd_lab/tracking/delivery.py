@@ -1,18 +1,18 @@
-"""One tracker's calls, delivered at least once: now, by its own thread, or later from a file in the run folder."""
+"""A remote tracker follows the run folder: the journal on disk is its queue, so nothing waits in memory, the training
+loop waits for nobody, and whatever a store has missed, for whichever reason, is still to be read."""
 
 from __future__ import annotations
 
-import json
 import logging
-import queue
 import threading
-import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from opd_lab.tracking.run_folder import BEFORE, JOURNAL, lines_from, read_table
 from opd_lab.types import Histogram, Report
 
 if TYPE_CHECKING:
@@ -20,116 +20,99 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("opd_lab.tracking")
 
-WAITING = 256  # calls that may wait for a remote tracker before the loop does
 
-Call = tuple[Any, ...]  # a method's name and its arguments, plain values or a Report
+class Reports:
+    """The reports in a run folder, each handed out once, in order; `new` may be asked again while the run goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._offset = folder, 0
+        self._merged: dict[str, dict[int, list[dict[str, Any]]]] = {}  # table -> step -> rows, of merged files
+
+    def new(self) -> Iterator[Report]:
+        """A report counts as handed out when the next one is asked for: where its delivery fails, it comes again."""
+        for line, end in lines_from(self._folder / JOURNAL, self._offset):
+            yield self._report(line)
+            self._offset = end
+
+    def _report(self, line: dict[str, Any]) -> Report:
+        step = line["step"]
+        tables = {name: rows for name in self._names() if (rows := self._rows(name, step))}
+        histograms = {
+            row["name"]: Histogram(torch.tensor(row["counts"], dtype=torch.int64), row["bins"])
+            for row in tables.pop("histograms", [])
+        }
+        return Report(step, line["scalars"], histograms, tables, line["time"])
+
+    def _names(self) -> list[str]:
+        merged = {path.stem for path in self._folder.glob("*.parquet")} - {"metrics", "timing"}
+        return sorted(merged | {path.name for path in (self._folder / "segments").glob("*")})
+
+    def _rows(self, name: str, step: int) -> list[dict[str, Any]]:
+        import pyarrow.parquet as pq
+
+        segments = self._folder / "segments" / name
+        if own := sorted(segments.glob(f"{step:08d}-?*.parquet")):
+            return [row for path in own for row in pq.ParquetFile(path).read().to_pylist()]
+        if (self._folder / f"{name}.parquet").exists() or (segments / BEFORE).exists():
+            if name not in self._merged:
+                by_step = self._merged.setdefault(name, {})
+                for row in read_table(self._folder, name).to_pylist():
+                    by_step.setdefault(row["step"], []).append(row)
+            return self._merged[name].get(step, [])
+        return []
 
 
-def report_to_json(report: Report) -> dict[str, Any]:
-    """A report as plain values; floats survive exactly."""
-    histograms = {name: {"bins": h.bins, "counts": h.counts_K.tolist()} for name, h in report.histograms.items()}
-    return {"step": report.step, "scalars": report.scalars, "histograms": histograms, "tables": report.tables}
-
-
-def report_from_json(plain: dict[str, Any]) -> Report:
-    histograms = {
-        name: Histogram(torch.tensor(h["counts"], dtype=torch.int64), h["bins"])
-        for name, h in plain["histograms"].items()
-    }
-    return Report(plain["step"], plain["scalars"], histograms, plain["tables"])
-
-
-class Delivery:
-    """Calls to one started tracker. A failed call goes to the spool, and so does every later one until a retry."""
+class Follower:
+    """A thread that brings a started tracker what the run folder has. One failure is a warning; then it tries again
+    every `retry_seconds`, and a last time at the end."""
 
     def __init__(self, tracker: Tracker, folder: Path, retry_seconds: float) -> None:
-        self._tracker, self._retry_seconds = tracker, retry_seconds
-        self._spool = folder / f"undelivered.{tracker.name}.jsonl"
-        self._retry_at = 0.0
+        self._tracker, self._reports, self._retry_seconds = tracker, Reports(folder), retry_seconds
+        self._calls: deque[tuple[str, tuple[Any, ...]]] = deque()  # tags and files, which the folder has as well
         self._warned = False
-        self._queue: queue.Queue[Call | None] = queue.Queue(WAITING)
+        self._wake, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._serve, name=f"tracking-{tracker.name}", daemon=True)
-        if tracker.remote:
-            self._thread.start()
+        self._thread.start()
 
-    def put(self, call: Call) -> None:
-        if self._tracker.remote:
-            self._queue.put(call)
-        else:
-            self._deliver(call)
+    def call(self, method: str, *arguments: Any) -> None:
+        self._calls.append((method, arguments))
+        self._wake.set()
+
+    def wake(self) -> None:
+        """The run folder has more."""
+        self._wake.set()
+
+    def rest(self) -> None:
+        """Let the thread end with what it is doing. What is left is for `finish`, or for a later `opd-lab sync`."""
+        self._stop.set()
+        self._wake.set()
+        self._thread.join()
 
     def finish(self, status: str) -> None:
-        if self._tracker.remote:
-            self._queue.put(None)
-            self._thread.join()
-        self._retry_at = 0.0
-        self._deliver(("finish", status))
-        if self._spool.exists():
-            log.error("%s did not take everything; the rest is in %s: run `opd-lab sync`", *self._names())
+        """The last try; the run folder is complete by now."""
+        self._calls.append(("finish", (status,)))
+        if not self._delivered():
+            log.error("%s did not take everything, the run folder has it: run `opd-lab sync`", self._tracker.name)
 
     def _serve(self) -> None:
-        while (call := self._queue.get()) is not None:
-            self._deliver(call)
+        while not self._stop.is_set():
+            self._wake.wait()
+            self._wake.clear()
+            if not self._stop.is_set() and not self._delivered():
+                self._stop.wait(self._retry_seconds)
+                self._wake.set()
 
-    def _deliver(self, call: Call) -> None:
+    def _delivered(self) -> bool:
         try:
-            if self._spool.exists():
-                if time.monotonic() < self._retry_at:
-                    return self._keep(call)
-                drain(self._spool, self._tracker)
-            perform(self._tracker, call)
+            for report in self._reports.new():
+                self._tracker.log(report)
+            while self._calls:
+                method, arguments = self._calls[0]
+                getattr(self._tracker, method)(*arguments)
+                self._calls.popleft()
         except Exception as error:
             if not self._warned:
-                log.warning("%s failed, keeping its calls in %s and trying again later: %r", *self._names(), error)
+                log.warning("%s failed; the run goes on, and it is tried again: %r", self._tracker.name, error)
             self._warned = True
-            self._retry_at = time.monotonic() + self._retry_seconds
-            self._keep(call)
-
-    def _keep(self, call: Call) -> None:
-        try:
-            with self._spool.open("a") as file:
-                file.write(_encode(call))
-        except OSError as error:
-            log.error("%s lost a call, %s cannot be written: %r", *self._names(), error)
-
-    def _names(self) -> tuple[str, Path]:
-        return self._tracker.name, self._spool
-
-
-def perform(tracker: Tracker, call: Call) -> None:
-    """Make one call, now."""
-    method, *arguments = call
-    if method == "artifact":
-        arguments[0] = Path(arguments[0])
-    getattr(tracker, method)(*arguments)
-
-
-def drain(spool: Path, tracker: Tracker) -> None:
-    """Deliver what waits in a spool file, oldest first; what was delivered leaves it, and an empty spool is removed."""
-    lines = spool.read_text().splitlines(keepends=True)
-    done = 0
-    try:
-        for line in lines:
-            perform(tracker, _decode(line))
-            done += 1
-    finally:
-        if done == len(lines):
-            spool.unlink()
-        elif done:
-            rest = spool.with_suffix(".rest")
-            rest.write_text("".join(lines[done:]))
-            rest.replace(spool)
-
-
-def keep(run: Path, tracker: str, calls: Sequence[Call]) -> None:
-    """Leave calls in a run folder for `opd-lab sync`."""
-    with (run / f"undelivered.{tracker}.jsonl").open("a") as file:
-        file.writelines(map(_encode, calls))
-
-
-def _encode(call: Call) -> str:
-    return json.dumps([report_to_json(a) if isinstance(a, Report) else a for a in call]) + "\n"
-
-
-def _decode(line: str) -> Call:
-    return tuple(report_from_json(a) if isinstance(a, dict) else a for a in json.loads(line))
+            return False
+        return True

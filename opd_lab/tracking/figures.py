@@ -1,4 +1,5 @@
-"""A histogram over training as a picture: steps to the right, bins upwards, colour = share of the step's values.
+"""What happens over training as a picture: steps to the right, and upwards either bins, coloured by their share of the
+step's values, or stretches of the response, coloured by their KL.
 
 Drawn with Pillow, a few milliseconds each: a plotting library needs a hundred times that, at every report, beside the
 training. Axes and colours are the same for every run, so pictures can be laid side by side.
@@ -6,7 +7,7 @@ training. Axes and colours are the same for every run, so pictures can be laid s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from opd_lab.bins import edges
@@ -16,48 +17,65 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LEAST_SHARE = 1e-4  # colour is logarithmic from here to 1; below it a bin is left white
+KL_RANGE = (1e-3, 10.0)  # nats; likewise, and the ends stand for what lies beyond
 LEFT, TOP, RIGHT, BOTTOM = 56, 26, 12, 34  # margins, pixels
+WIDTH, HEIGHT = 480, 340
 
 
-def heat_map(
-    name: str, bins: str, steps: Sequence[int], counts_SK: Sequence[Sequence[int]], width: int = 480, height: int = 340
-) -> Image:
+def heat_map(name: str, bins: str, steps: Sequence[int], counts_SK: Sequence[Sequence[int]]) -> Image:
     """One column per step, drawn until the next step begins; labels are the edges between bins."""
-    from PIL import Image, ImageDraw
-
-    across, upwards = width - LEFT - RIGHT, height - TOP - BOTTOM
-    picture = Image.new("RGB", (width, height), "white")
-    picture.paste(Image.fromarray(_pixels(steps, counts_SK, across, upwards)), (LEFT, TOP))
-    draw = ImageDraw.Draw(picture)
-    draw.rectangle((LEFT - 1, TOP - 1, LEFT + across, TOP + upwards), outline="black")
-    draw.text((LEFT, 6), f"{name}: share of values per step", fill="black")
-    inner = edges(bins)
-    for i in range(0, len(inner), max(len(inner) // 10, 1)):
-        y = TOP + upwards - (i + 1) * upwards / (len(inner) + 1)
-        draw.text((LEFT - 6, y), f"{inner[i]:.1e}", fill="black", anchor="rm")
-        draw.line((LEFT - 4, y, LEFT - 1, y), fill="black")
-    draw.text((LEFT, height - 22), str(steps[0]), fill="black", anchor="ma")
-    draw.text((LEFT + across / 2, height - 14), "step", fill="black", anchor="ma")
-    last = LEFT + across * (steps[-1] - steps[0]) / (_end(steps) - steps[0])
-    if last > LEFT + 40:
-        draw.text((last, height - 22), str(steps[-1]), fill="black", anchor="ma")
-    return picture
-
-
-def _end(steps: Sequence[int]) -> int:
-    """Where the last column ends: it is as wide as the one before."""
-    return 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1
-
-
-def _pixels(steps: Sequence[int], counts_SK: Sequence[Sequence[int]], across: int, upwards: int) -> np.ndarray:
-    import matplotlib
     import numpy as np
 
     share_SK = np.asarray(counts_SK, dtype=float)
     share_SK = share_SK / share_SK.sum(1, keepdims=True).clip(min=1)
     depth_SK = 1 - np.log(share_SK.clip(min=LEAST_SHARE)) / np.log(LEAST_SHARE)  # 0 at the least share, 1 at all
-    colour_SK3 = (matplotlib.colormaps["viridis_r"](depth_SK)[..., :3] * 255).astype(np.uint8)
-    colour_SK3[share_SK < LEAST_SHARE] = 255
-    at_X = np.searchsorted(steps, np.linspace(steps[0], _end(steps), across, endpoint=False), side="right") - 1
-    bin_Y = np.arange(upwards)[::-1] * share_SK.shape[1] // upwards
-    return colour_SK3[at_X[None, :], bin_Y[:, None]]
+    inner = edges(bins)
+    ticks = {(i + 1) / (len(inner) + 1): f"{inner[i]:.1e}" for i in range(0, len(inner), max(len(inner) // 10, 1))}
+    return _drawn(f"{name}: share of values per step", steps, _coloured(depth_SK, share_SK >= LEAST_SHARE), ticks)
+
+
+def position_map(name: str, steps: Sequence[int], kl_SK: Sequence[Sequence[float]]) -> Image:
+    """One column per step, K equal stretches of the response from its beginning upwards; NaN is left white."""
+    import numpy as np
+
+    (low, high), stretches = KL_RANGE, len(kl_SK[0])
+    depth_SK = np.log(np.clip(kl_SK, low, high) / low) / np.log(high / low)
+    ticks = {k / stretches: f"{k / stretches:.0%}" for k in range(0, stretches, 2)}
+    title = f"{name}: mean by place in the response, {low:g} (pale) to {high:g} (dark)"
+    return _drawn(title, steps, _coloured(depth_SK, ~np.isnan(depth_SK)), ticks)
+
+
+def _coloured(depth_SK: np.ndarray, there_SK: np.ndarray) -> np.ndarray:
+    """Depths in [0, 1] as colours, shape SK3."""
+    import matplotlib
+    import numpy as np
+
+    colour_SK3 = (matplotlib.colormaps["viridis_r"](np.nan_to_num(depth_SK))[..., :3] * 255).astype(np.uint8)
+    colour_SK3[~there_SK] = 255
+    return colour_SK3
+
+
+def _drawn(title: str, steps: Sequence[int], colour_SK3: np.ndarray, ticks: Mapping[float, str]) -> Image:
+    """The picture with its axes; ticks are at fractions of the height."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    across, upwards = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    end = 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1  # the last column is as wide as the one before
+    at_X = np.searchsorted(steps, np.linspace(steps[0], end, across, endpoint=False), side="right") - 1
+    bin_Y = np.arange(upwards)[::-1] * colour_SK3.shape[1] // upwards
+    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    picture.paste(Image.fromarray(colour_SK3[at_X[None, :], bin_Y[:, None]]), (LEFT, TOP))
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((LEFT - 1, TOP - 1, LEFT + across, TOP + upwards), outline="black")
+    draw.text((LEFT, 6), title, fill="black")
+    for height, text in ticks.items():
+        y = TOP + upwards * (1 - height)
+        draw.text((LEFT - 6, y), text, fill="black", anchor="rm")
+        draw.line((LEFT - 4, y, LEFT - 1, y), fill="black")
+    draw.text((LEFT, HEIGHT - 22), str(steps[0]), fill="black", anchor="ma")
+    draw.text((LEFT + across / 2, HEIGHT - 14), "step", fill="black", anchor="ma")
+    last = LEFT + across * (steps[-1] - steps[0]) / (end - steps[0])
+    if last > LEFT + 40:
+        draw.text((last, HEIGHT - 22), str(steps[-1]), fill="black", anchor="ma")
+    return picture

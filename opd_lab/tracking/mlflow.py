@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sqlite3
+import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from opd_lab.tracking.model import log_model
+from opd_lab.tracking.showing import Shown
 from opd_lab.tracking.stored import quiet
 from opd_lab.tracking.tracker import RunInfo
 from opd_lab.types import Report
@@ -25,21 +28,16 @@ from opd_lab.types import Report
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-LONGEST = {"key": 250, "param": 6000, "tag": 8000, "digest": 36}  # characters that MLflow takes
+LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 6000, 8000, 36  # characters that MLflow takes
+LOGGED = (".parquet", ".txt", ".diff", ".yaml", ".html", ".png", ".json", ".jsonl")
+NOT_LOGGED = ("checkpoints", "segments", "student", "status.json", "mlflow.json", "journal.jsonl")
 IDENTITY = "mlflow.json"  # in the run folder: which MLflow run it is
-ANALYSIS = "analysis"  # in the run folder: what was asked of the run after it had finished
 
 
-def key(name: str) -> str:
-    """A name that MLflow takes: `pass@1` -> `pass_at_1`, `a[0]` -> `a_0_`."""
-    name = re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))
-    parts = [part for part in name.split("/") if part.strip(".")]
-    return "/".join(parts)[: LONGEST["key"]]
-
-
-def shorten(value: Any, limit: int) -> str:
-    text = str(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def shorten(text: str, limit: int, where: str) -> str:
+    """A text that fits, with a note where all of it is."""
+    note = f"... (whole in {where})"
+    return text if len(text) <= limit else text[: limit - len(note)] + note
 
 
 @dataclass(frozen=True)
@@ -91,130 +89,133 @@ def _absolute(uri: str) -> str:
 
 
 class MLflow:
-    """A tracker; `run_id` is known once it has started."""
+    """A tracker; `run_id` is known once it has started. A report that the store has already is not sent again."""
 
     name: ClassVar[str] = "mlflow"
     remote: ClassVar[bool] = True
 
-    def __init__(self, uri: str | None, folder: Path) -> None:
-        self._uri, self._folder = uri, folder
+    def __init__(self, uri: str | None, folder: Path, log_model_megabytes: float = 0) -> None:
+        self._uri, self._folder, self._log_model_megabytes = uri, folder, log_model_megabytes
         self.run_id = ""
 
     def start(self, run: RunInfo) -> None:
         """Create the run, or go on with the one that the run folder or MLFLOW_RUN_ID names."""
-        store = open_store(self._uri, self._folder, run.experiment)
+        self._store = store = open_store(self._uri, self._folder, run.experiment)
         self._client, self._run_folder = store.client, run.folder
-        self._history = _history(run)
-        identity = run.folder / IDENTITY
-        known = os.environ.get("MLFLOW_RUN_ID")
-        if run.step and identity.exists():
-            known = json.loads(identity.read_text())["run_id"]
-        if known:
-            self.run_id = known
-            self._client.update_run(known, status="RUNNING", name=run.name)
+        self._shown = Shown()
+        before = self._known(run)
+        mine = before if run.step else None
+        if before is not None and mine is None and before.info.status == "RUNNING":
+            self._client.set_terminated(before.info.run_id, "KILLED")  # killed before it had a checkpoint
+        if made := os.environ.get("MLFLOW_RUN_ID"):
+            mine = self._client.get_run(made)
+        if mine is not None:
+            self.run_id = mine.info.run_id
+            self._client.update_run(self.run_id, status="RUNNING", name=run.name)
         else:
             tags = {"mlflow.parentRunId": run.parent} if run.parent else {}
             started = _ms(run.folder, "started")
-            made = self._client.create_run(store.experiment_id, started, tags, run_name=run.name)
-            self.run_id = made.info.run_id
+            self.run_id = self._client.create_run(store.experiment_id, started, tags, run.name).info.run_id
+        last = [metric.step for metric in mine.data._metric_objs] if mine else []
+        self._last = max(last, default=-1)  # a report is one batch, and the last thing sent of its step
         run.folder.mkdir(parents=True, exist_ok=True)
-        identity.write_text(json.dumps({"uri": store.uri, "run_id": self.run_id}))
-        self._describe(run)
+        (run.folder / IDENTITY).write_text(json.dumps({"uri": store.uri, "run_id": self.run_id}))
+        self._describe(run, set(mine.data.params) if mine else set())
 
-    def _describe(self, run: RunInfo) -> None:
-        from mlflow.entities import Param, RunTag
+    def _known(self, run: RunInfo) -> Any:
+        """The MLflow run that the folder's last attempt had in this store; None where there is none."""
+        from mlflow.exceptions import MlflowException
 
-        from opd_lab.tracking.origin import commit
+        path = run.folder / IDENTITY
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if known.get("uri") != self._store.uri:
+            return None
+        try:
+            return self._client.get_run(known["run_id"])
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
 
-        have = self._client.get_run(self.run_id).data.params
-        params = {key(name): shorten(value, LONGEST["param"]) for name, value in run.params.items()}
-        tags = {"mlflow.source.git.commit": commit() or "unknown", **run.tags}
-        self._client.log_batch(
-            self.run_id,
-            params=[Param(name, value) for name, value in params.items() if name not in have],
-            tags=[RunTag(key(name), shorten(value, LONGEST["tag"])) for name, value in tags.items()],
-        )
+    def _describe(self, run: RunInfo, have: set[str]) -> None:
+        from mlflow.entities import Param
+
+        params = {name: shorten(str(value), LONGEST_PARAM, "config.yaml") for name, value in run.params.items()}
+        new = [Param(name, value) for name, value in params.items() if name not in have]
+        commit = _said(run.folder).get("commit") or "unknown"
+        self._client.log_batch(self.run_id, params=new, tags=_tags({"mlflow.source.git.commit": commit, **run.tags}))
         self._client.log_text(self.run_id, run.config_yaml, "config.yaml")
         if run.dataset and not have:
-            self._client.log_inputs(self.run_id, [_dataset_input(**run.dataset)])
+            self._client.log_inputs(self.run_id, _dataset_inputs(run.dataset))
 
     def log(self, report: Report) -> None:
+        """Pictures and pages first: the scalars, in one call, say that the report is complete."""
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        metrics = [Metric(key(name), value, now, report.step) for name, value in report.scalars.items()]
-        if metrics:
-            self._client.log_batch(self.run_id, metrics=metrics, synchronous=True)
-        for name, histogram in report.histograms.items():
-            self._draw(name, report.step, histogram.bins, histogram.counts_K.tolist())
-        if rows := report.tables.get("high_loss_tokens"):
-            self._table("high_loss_tokens.json", rows)
-        if rows := report.tables.get("rollouts"):
-            self._client.log_text(self.run_id, _readable(rows), f"rollouts/step_{report.step:06d}.txt")
-
-    def _draw(self, name: str, step: int, bins: str, counts: list[int]) -> None:
-        from opd_lab.tracking.figures import heat_map
-
-        steps, counts_SK = self._history.setdefault(name, ([], []))
-        steps.append(step)
-        counts_SK.append(counts)
-        picture = heat_map(name, bins, steps, counts_SK)
-        self._client.log_image(self.run_id, picture, key=re.sub(r"[^\w\-./ ]", "_", key(name), flags=re.A), step=step)
-
-    def _table(self, file: str, rows: list[dict[str, Any]]) -> None:
-        """One file, rewritten: MLflow's own `log_table` appends by downloading, and fails at its 149th file."""
-        columns = list(rows[0])
-        content = {"columns": columns, "data": [[row[column] for column in columns] for row in rows]}
-        self._client.log_text(self.run_id, json.dumps(content), file)
-        self._client.set_tag(self.run_id, "mlflow.loggedArtifacts", json.dumps([{"path": file, "type": "table"}]))
+        self._shown.add(report)
+        if report.step <= self._last:
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            tags = self._shown.write(report, Path(scratch), seed=self._run_folder.name)
+            if tags:
+                self._client.log_artifacts(self.run_id, scratch)
+        at = round(1000 * (report.time or time.time()))
+        metrics = [Metric(name, value, at, report.step) for name, value in report.scalars.items()]
+        self._client.log_batch(self.run_id, metrics=metrics, tags=_tags(tags), synchronous=True)
+        self._last = report.step
 
     def artifact(self, path: Path, folder: str = "") -> None:
         self._client.log_artifact(self.run_id, str(path), folder or None)
 
     def tag(self, name: str, value: str) -> None:
-        self._client.set_tag(self.run_id, key(name), shorten(value, LONGEST["tag"]))
+        self._client.log_batch(self.run_id, tags=_tags({name: value}))
+
+    def flush(self) -> None:
+        """Nothing waits here."""
 
     def finish(self, status: str) -> None:
-        """Log the run folder's files, then close the run."""
-        for path in sorted(self._run_folder.iterdir()):
-            if path.suffix in (".parquet", ".txt", ".diff", ".yaml", ".html"):
-                self.artifact(path)
-        if (self._run_folder / ANALYSIS).is_dir():
-            self._client.log_artifacts(self.run_id, str(self._run_folder / ANALYSIS), ANALYSIS)
+        """Log the run folder's files and all of its tags, and the student as a model; then close the run."""
+        for path in sorted(self._run_folder.rglob("*")):
+            inside = path.relative_to(self._run_folder)
+            if path.is_file() and path.suffix in LOGGED and inside.parts[0] not in NOT_LOGGED:
+                self.artifact(path, "" if inside.parent == Path() else str(inside.parent))
+        said = _said(self._run_folder)
+        self._client.log_batch(self.run_id, tags=_tags(said.get("tags", {})))
+        if status == "FINISHED":
+            log_model(self._store, self.run_id, self._run_folder / "student", self._log_model_megabytes)
         self._client.set_terminated(self.run_id, status, _ms(self._run_folder, "ended"))
 
 
-def _ms(folder: Path, when: str) -> int | None:
-    """What the run folder says of `started` or `ended`, so that both tell the same; None where there is none."""
+def _tags(tags: Mapping[str, str]) -> list[Any]:
+    from mlflow.entities import RunTag
+
+    return [RunTag(name, shorten(str(value), LONGEST_TAG, "the run folder")) for name, value in tags.items()]
+
+
+def _said(folder: Path) -> dict[str, Any]:
+    """What the run folder says of the run; nothing where it says nothing yet."""
     path = folder / "status.json"
-    at = json.loads(path.read_text())[when] if path.exists() else None
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _ms(folder: Path, when: str) -> int | None:
+    """`started` or `ended` of the run folder, so that both tell the same; None where there is none."""
+    at = _said(folder).get(when)
     return None if at is None else round(1000 * at)
 
 
-def _history(run: RunInfo) -> dict[str, tuple[list[int], list[list[int]]]]:
-    """The histograms that a resumed run has logged already, so that its pictures show all of training."""
-    from opd_lab.tracking.run_folder import read_table
-
-    out: dict[str, tuple[list[int], list[list[int]]]] = {}
-    table = read_table(run.folder, "histograms") if run.step else None
-    for row in [] if table is None else table.to_pylist():
-        if row["step"] < run.step:
-            steps, counts_SK = out.setdefault(row["name"], ([], []))
-            steps.append(row["step"])
-            counts_SK.append(row["counts"])
-    return out
-
-
-def _dataset_input(name: str, source: str, digest: str) -> Any:
+def _dataset_inputs(dataset: Mapping[str, str]) -> list[Any]:
+    """One input per split, by its digest."""
     from mlflow.data.code_dataset_source import CodeDatasetSource
     from mlflow.data.meta_dataset import MetaDataset
     from mlflow.entities import DatasetInput, InputTag
 
-    data = MetaDataset(CodeDatasetSource({"source": source}), name=name, digest=shorten(digest, LONGEST["digest"]))
-    return DatasetInput(data._to_mlflow_entity(), [InputTag("mlflow.data.context", "train")])
-
-
-def _readable(rows: list[dict[str, Any]]) -> str:
-    return "\n\n".join(
-        f"rollout {row['uid']}  reward {row['reward']}\n{row['prompt']}\n>>> {row['text']}" for row in rows
-    )
+    source = CodeDatasetSource({"source": dataset["source"]})
+    return [
+        DatasetInput(
+            MetaDataset(source, name=dataset["name"], digest=digest[:LONGEST_DIGEST])._to_mlflow_entity(),
+            [InputTag("mlflow.data.context", split)],
+        )
+        for split, digest in dataset.items()
+        if split not in ("name", "source")
+    ]

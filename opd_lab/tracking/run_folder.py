@@ -2,21 +2,25 @@
 
     config.yaml  environment.txt  code.diff   what was run
     status.json                               name, status, params, tags; rewritten as they change
-    journal.jsonl                             the scalars, one line per report, as they come
+    journal.jsonl                             the scalars, one line per report, as they come, with the time
+    dropped.jsonl                             lines that a resumed run dropped, until it has ended
     segments/<table>/<step>-<n>.parquet       histograms and tables, as they come
     metrics.parquet  timing.parquet           the journal's rows (step, name, value), at the end
     <table>.parquet                           the segments, merged at the end
 
 What a clock or an allocator says (`time/*`, `memory/*`, `*_per_second`) has its own file, timing.parquet, so that two
-runs of one seed have the same metrics.parquet byte for byte. A resumed run drops what it will log again.
+runs of one seed have the same metrics.parquet byte for byte. A resumed run drops what it will log again; but a step
+that is done twice keeps what the clock said the first time, for that is what a store may have been told.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,6 +29,10 @@ from opd_lab.tracking.origin import code_diff, commit, environment
 if TYPE_CHECKING:  # readers of run folders do without torch
     from opd_lab.tracking.tracker import RunInfo
     from opd_lab.types import Report
+
+
+JOURNAL = "journal.jsonl"
+BEFORE = "00000000-.parquet"  # the segment of a resumed run that holds all steps before
 
 
 def volatile(name: str) -> bool:
@@ -52,7 +60,8 @@ class RunFolder:
                 "finished run; choose another name, or delete the folder"
             )
         run.folder.mkdir(parents=True, exist_ok=True)
-        _rewind(run.folder, run.step)
+        self._first = _rewind(run.folder, run.step)
+        self._unsafe = [run.folder / JOURNAL, *(run.folder / "segments").glob("*/*.parquet")]
         self._keep("config.yaml", run.config_yaml, run.step)
         self._keep("environment.txt", environment(), run.step)
         self._keep("code.diff", code_diff(), run.step)
@@ -71,9 +80,7 @@ class RunFolder:
         self._save_status()
 
     def log(self, report: Report) -> None:
-        if report.scalars:
-            with (self._folder / "journal.jsonl").open("a") as file:
-                file.write(json.dumps({"step": report.step, "scalars": report.scalars}) + "\n")
+        """The tables first: a report is there once its line is in the journal."""
         tables = dict(report.tables)
         if report.histograms:
             tables["histograms"] = [
@@ -81,6 +88,19 @@ class RunFolder:
             ]
         for name, rows in tables.items():
             self._segment(name, report.step, rows)
+        first = self._first.get(report.step, {"time": now(), "scalars": {}})
+        said = {n: v for n, v in first["scalars"].items() if volatile(n) and n in report.scalars}
+        line = {"step": report.step, "time": first["time"], "scalars": report.scalars | said}
+        with (self._folder / JOURNAL).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def flush(self) -> None:
+        """Have the disk write what was logged so far: at a checkpoint, which is worth nothing without it."""
+        for path in {*self._unsafe, *(path.parent for path in self._unsafe)}:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        self._unsafe = [self._folder / JOURNAL]
 
     def artifact(self, path: Path, folder: str = "") -> None:
         target = self._folder / folder / path.name
@@ -93,15 +113,7 @@ class RunFolder:
         self._save_status()
 
     def finish(self, status: str) -> None:
-        rows = list(journal_rows(self._folder))
-        for name, wanted in (("metrics", False), ("timing", True)):
-            mine = [row for row in rows if volatile(row[1]) == wanted]
-            _write(self._folder / f"{name}.parquet", _metric_table(mine))
-        for segments in sorted((self._folder / "segments").glob("*/")):
-            _write(self._folder / f"{segments.name}.parquet", read_table(self._folder, segments.name))
-        shutil.rmtree(self._folder / "segments", ignore_errors=True)
-        self._status |= {"status": status, "ended": now()}
-        self._save_status()
+        close(self._folder, status)
 
     def _segment(self, name: str, step: int, rows: list[dict[str, Any]]) -> None:
         import pyarrow as pa
@@ -112,6 +124,7 @@ class RunFolder:
             place = sum(1 for _ in folder.glob(f"{step:08d}-*.parquet"))
             table = pa.Table.from_pylist([{"step": step, **row} for row in rows])
             _write(folder / f"{step:08d}-{place:04d}.parquet", table)
+            self._unsafe.append(folder / f"{step:08d}-{place:04d}.parquet")
 
     def _keep(self, name: str, text: str, step: int) -> None:
         """A resumed run that differs from its beginning says so in a file beside the first."""
@@ -121,9 +134,26 @@ class RunFolder:
         path.write_text(text)
 
     def _save_status(self) -> None:
-        path = self._folder / "status.tmp"
-        path.write_text(json.dumps(self._status, indent=1))
-        path.replace(self._folder / "status.json")
+        _save_status(self._folder, self._status)
+
+
+def close(folder: Path, status: str) -> None:
+    """Merge what came piece by piece, and say how the run ended."""
+    rows = list(journal_rows(folder))
+    for name, wanted in (("metrics", False), ("timing", True)):
+        mine = [row for row in rows if volatile(row[1]) == wanted]
+        _write(folder / f"{name}.parquet", _metric_table(mine))
+    for segments in sorted((folder / "segments").glob("*/")):
+        _write(folder / f"{segments.name}.parquet", read_table(folder, segments.name))
+    shutil.rmtree(folder / "segments", ignore_errors=True)
+    (folder / "dropped.jsonl").unlink(missing_ok=True)
+    _save_status(folder, _read_json(folder / "status.json") | {"status": status, "ended": now()})
+
+
+def _save_status(folder: Path, status: dict[str, Any]) -> None:
+    path = folder / "status.tmp"
+    path.write_text(json.dumps(status, indent=1))
+    path.replace(folder / "status.json")
 
 
 def journal_rows(folder: Path) -> Iterable[tuple[int, str, float]]:
@@ -148,36 +178,56 @@ def read_table(folder: Path, name: str, dictionary: Sequence[str] = ()) -> Any:
 
 
 def _journal(folder: Path) -> list[dict[str, Any]]:
-    path, lines = folder / "journal.jsonl", []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    return list(_lines(folder / JOURNAL))
 
 
-def _rewind(folder: Path, step: int) -> None:
-    """Drop every row of `step` and later, and make a finished folder writable again."""
-    import pyarrow.compute as pc
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    return (line for line, _ in lines_from(path, 0))
 
-    if step == 0:
-        for path in folder.glob("undelivered.*"):
-            path.unlink()
-    kept = [line for line in _journal(folder) if line["step"] < step]
-    (folder / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+def lines_from(path: Path, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """The whole lines of a file of JSON lines from a byte on, and the byte at which each ends."""
+    with path.open("rb") if path.exists() else io.BytesIO() as file:
+        file.seek(offset)
+        for text in file:
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:  # torn by a crash, or just being written
+                return
+            offset += len(text)
+            yield line, offset
+
+
+def _rewind(folder: Path, step: int) -> dict[int, dict[str, Any]]:
+    """Drop every row of `step` and later, and make a finished folder writable again. What the journal said of such a
+    step when it was done first, by step: also kept in a file, for the run may be killed before it is back there."""
+    lines, dropped = _journal(folder), folder / "dropped.jsonl"
+    first = {line["step"]: line for line in _lines(dropped) if line["step"] >= step > 0}
+    first = {line["step"]: line for line in lines if line["step"] >= step > 0} | first
+    for path, kept in ((dropped, first.values()), (folder / JOURNAL, [line for line in lines if line["step"] < step])):
+        path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        path.with_suffix(".tmp").replace(path)
     for path in (folder / "segments").glob("*/*.parquet"):
         if int(path.name.split("-")[0]) >= step:
             path.unlink()
+        elif path.name == BEFORE:
+            _keep_before(step, path, path)
     for path in folder.glob("*.parquet"):
         if path.stem not in ("metrics", "timing"):
             shutil.rmtree(folder / "segments" / path.stem, ignore_errors=True)
-            table = read_table(folder, path.stem)
-            table = table.filter(pc.field("step") < step)
-            if len(table):
-                (folder / "segments" / path.stem).mkdir(parents=True)
-                _write(folder / "segments" / path.stem / "00000000-.parquet", table)
+            _keep_before(step, path, folder / "segments" / path.stem / BEFORE)
         path.unlink()
+    return first
+
+
+def _keep_before(step: int, path: Path, target: Path) -> None:
+    """The rows of a table that come before a step."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(path).read().filter(pc.field("step") < step)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _write(target, table) if len(table) else target.unlink(missing_ok=True)
 
 
 def _metric_table(rows: list[tuple[int, str, float]]) -> Any:

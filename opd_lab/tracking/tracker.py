@@ -1,21 +1,30 @@
 """Report -> wherever runs are kept. One protocol, and a fan-out that never gets in the way of the training loop.
 
-A tracker that cannot start stops the run, before the first token. One that fails later warns once; what it could not
-take waits in the run folder and is offered again, so a store may come and go while a run goes on.
+Everything goes to the run folder first, at once; a run whose folder cannot be written stops. Remote trackers follow the
+folder in threads of their own. One that cannot start stops the run, before the first token. One that fails later warns
+once and is tried again, so a store may come and go while a run goes on.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from opd_lab.tracking.delivery import Call, Delivery
+from opd_lab.tracking.delivery import Follower
 from opd_lab.types import Report
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
+LONGEST_KEY = 250  # characters
+
+
+def key(name: str) -> str:
+    """A name that every tracker takes: `pass@1` -> `pass_at_1`, `a[0]` -> `a_0_`."""
+    name = re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))
+    return "/".join(part for part in name.split("/") if part.strip("."))[:LONGEST_KEY]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +37,13 @@ class RunInfo:
     params: Mapping[str, str | int | float | bool | None]  # the resolved config, flattened: `optim.lr`
     tags: Mapping[str, str]  # conventions (`convention.*`), data and model identity
     config_yaml: str
-    dataset: Mapping[str, str] = field(default_factory=dict)  # name, source, digest
+    dataset: Mapping[str, str] = field(default_factory=dict)  # name, source, and a digest per split
     parent: str | None = None  # the tracker's id of the run that launched this one
     step: int = 0  # the first step that this process logs: what the folder holds from there on is dropped
 
 
 class Tracker(Protocol):
-    """Where reports go. `remote` ones are served by a thread of their own."""
+    """Where reports go. A `remote` one may be told of a report twice, if it failed in the middle of the first time."""
 
     name: ClassVar[str]
     remote: ClassVar[bool]
@@ -43,49 +52,73 @@ class Tracker(Protocol):
     def log(self, report: Report) -> None: ...
     def artifact(self, path: Path, folder: str = "") -> None: ...
     def tag(self, name: str, value: str) -> None: ...
+    def flush(self) -> None: ...
     def finish(self, status: str) -> None: ...
 
 
 class FanOut:
-    """Several trackers as one. After `start`, no method raises for a tracker's sake."""
+    """The run folder, and trackers that follow it, as one."""
 
     name: ClassVar[str] = "all"
     remote: ClassVar[bool] = False
 
     def __init__(self, trackers: Sequence[Tracker], retry_seconds: float = 30.0) -> None:
-        self._trackers, self._retry_seconds = list(trackers), retry_seconds
-        self._deliveries: list[Delivery] = []
+        self._local = [tracker for tracker in trackers if not tracker.remote]
+        self._remote = [tracker for tracker in trackers if tracker.remote]
+        self._retry_seconds = retry_seconds
+        self._followers: list[Follower] = []
 
     def start(self, run: RunInfo) -> None:
-        for place, tracker in enumerate(self._trackers):
+        run = replace(
+            run,
+            params={key(name): value for name, value in run.params.items()},
+            tags={key(name): value for name, value in run.tags.items()},
+        )
+        started: list[Tracker] = []
+        for tracker in [*self._local, *self._remote]:
             try:
                 tracker.start(run)
             except Exception:
-                for started in self._trackers[:place]:
-                    started.finish("FAILED")
+                for other in started:
+                    other.finish("FAILED")
                 raise
-        self._deliveries = [Delivery(tracker, run.folder, self._retry_seconds) for tracker in self._trackers]
+            started.append(tracker)
+        self._followers = [Follower(tracker, run.folder, self._retry_seconds) for tracker in self._remote]
 
     def log(self, report: Report) -> None:
         """Numbers that are not finite are logged as NaN and counted."""
-        bad = [name for name, value in report.scalars.items() if not math.isfinite(value)]
+        scalars = {key(name): value for name, value in report.scalars.items()}
+        bad = [name for name, value in scalars.items() if not math.isfinite(value)]
         if bad:
-            scalars = report.scalars | {name: math.nan for name in bad}
-            report = replace(report, scalars=scalars | {"tracking/nonfinite_count": float(len(bad))})
-        self._all(("log", report))
+            scalars |= {name: math.nan for name in bad} | {"tracking/nonfinite_count": float(len(bad))}
+        for tracker in self._local:
+            tracker.log(replace(report, scalars=scalars))
+        for follower in self._followers:
+            follower.wake()
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        self._all(("artifact", str(path), folder))
+        for tracker in self._local:
+            tracker.artifact(path, folder)
+        for follower in self._followers:
+            follower.call("artifact", path, folder)
 
     def tag(self, name: str, value: str) -> None:
-        self._all(("tag", name, value))
+        for tracker in self._local:
+            tracker.tag(key(name), value)
+        for follower in self._followers:
+            follower.call("tag", key(name), value)
+
+    def flush(self) -> None:
+        """What was logged so far is on the disk."""
+        for tracker in self._local:
+            tracker.flush()
 
     def finish(self, status: str) -> None:
-        """Close every tracker in order; the run folder first, so that the others find its files complete."""
+        """Close the run folder first, so that the others find its files complete."""
         assert status in STATUSES, status
-        for delivery in self._deliveries:
-            delivery.finish(status)
-
-    def _all(self, call: Call) -> None:
-        for delivery in self._deliveries:
-            delivery.put(call)
+        for follower in self._followers:
+            follower.rest()
+        for tracker in self._local:
+            tracker.finish(status)
+        for follower in self._followers:
+            follower.finish(status)

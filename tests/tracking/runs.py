@@ -17,10 +17,10 @@ def info(folder: Path, step: int = 0, **fields: Any) -> RunInfo:
         "name": folder.name,
         "experiment": "tests",
         "folder": folder,
-        "params": {"seed": 0, "optim.betas[0]": 0.9},
+        "params": {"seed": 0, "optim.lr": 0.9},
         "tags": {"method": "opd"},
         "config_yaml": "seed: 0\n",
-        "dataset": {"name": "lab", "source": "arithmetic", "digest": "0" * 64},
+        "dataset": {"name": "lab", "source": "arithmetic", "train": "0" * 64, "test": "1" * 64},
         "step": step,
     }
     return RunInfo(**known | fields)
@@ -33,22 +33,30 @@ def report(step: int) -> Report:
         step,
         {
             "kl/reverse_mean_nats": float(torch.rand((), generator=g, dtype=torch.float64)),
-            "eval/pass@1": step / 7,
+            "eval/pass_at_1": step / 7,
             "time/step_seconds": float(torch.rand(())),
         },
         {"kl/reverse_nats": count(torch.rand(20, generator=g), "kl_nats")},
         {
             "high_loss_tokens": [{"step": step, "rank": 0, "token": "a", "count": step + 1}],
-            "rollouts": [{"uid": step, "reward": float("nan"), "prompt": "p", "text": "t", "kl": [0.5, float("nan")]}],
+            "rollouts": [{"step": step, **rollout(step)}],
+            "positions": [{"step": step, "decile": 0, "tokens": 2, "kl_reverse_mean_nats": 0.5}],
         },
     )
 
 
+def rollout(uid: int) -> dict[str, Any]:
+    """Two tokens, of which the first was given."""
+    nan = float("nan")
+    said = {"uid": uid, "group": 0, "reward": nan, "stopped": True, "prompt": "p", "text": "t u", "tokens": ["t", "u"]}
+    return said | {"source": ["given", "student"], "reverse_kl": [nan, 0.5]}
+
+
 class Flaky:
-    """Takes what it gets while it is up."""
+    """A remote tracker that takes what it gets while it is up."""
 
     name: ClassVar[str] = "flaky"
-    remote: ClassVar[bool] = False
+    remote: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.up, self.got, self.tries = True, [], 0
@@ -65,6 +73,8 @@ class Flaky:
     def tag(self, name: str, value: str) -> None:
         self.take((name, value))
 
+    def flush(self) -> None: ...
+
     def finish(self, status: str) -> None:
         self.take(status)
 
@@ -73,10 +83,6 @@ class Flaky:
         if not self.up:
             raise ConnectionError("the store is away")
         self.got.append(what)
-
-
-class RemoteFlaky(Flaky):
-    remote: ClassVar[bool] = True
 
 
 _: type[Tracker] = Flaky

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from opd_lab.tracking.mlflow import MLflow, key, open_store
-from opd_lab.tracking.replay import rebuild
+from opd_lab.tracking import read
+from opd_lab.tracking.mlflow import MLflow, open_store
+from opd_lab.tracking.replay import sync
 from opd_lab.tracking.run_folder import RunFolder
-from opd_lab.tracking.tracker import FanOut
+from opd_lab.tracking.tracker import FanOut, key
 from opd_lab.types import Report
 from tests.tracking.runs import info, report
 
@@ -40,42 +41,94 @@ def test_a_run_with_everything(home: Path) -> None:
     fan.start(info(folder, params={"seed": 0, "optim.betas[0]": 0.9, "long": "x" * 7000}, parent="abc"))
     for step in range(3):
         fan.log(report(step))
-    fan.log(Report(3, {"kl/reverse_mean_nats": math.inf}))
+    fan.log(Report(3, {"kl/reverse_mean_nats": math.inf, "eval/pass@1": 3 / 7}))
     fan.tag("best@1", "2")
     fan.finish("FINISHED")
     client = client_of(home)
     run = client.get_run(tracker.run_id)
     assert (run.info.status, run.info.run_name) == ("FINISHED", "whole")
     assert run.data.params["optim.betas_0_"] == "0.9"
-    assert len(run.data.params["long"]) == 6000
+    assert len(run.data.params["long"]) == 6000 and run.data.params["long"].endswith("x... (whole in config.yaml)")
     assert run.data.tags["method"] == "opd" and run.data.tags["best_at_1"] == "2"
     assert run.data.tags["mlflow.parentRunId"] == "abc"
     history = client.get_metric_history(tracker.run_id, "eval/pass_at_1")
-    assert [(m.step, m.value) for m in history] == [(0, 0), (1, 1 / 7), (2, 2 / 7)]
+    assert [(m.step, m.value) for m in history] == [(0, 0), (1, 1 / 7), (2, 2 / 7), (3, 3 / 7)]
     assert math.isnan(client.get_metric_history(tracker.run_id, "kl/reverse_mean_nats")[-1].value)
-    assert run.inputs.dataset_inputs[0].dataset.name == "lab"
+    inputs = {i.tags[0].value: (i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs}
+    assert inputs == {"train": ("lab", "0" * 36), "test": ("lab", "1" * 36)}
     files = {f.path for f in client.list_artifacts(tracker.run_id)}
     assert {"config.yaml", "metrics.parquet", "histograms.parquet", "high_loss_tokens.json", "rollouts"} <= files
     pictures = [f.path for f in client.list_artifacts(tracker.run_id, "images") if f.path.endswith(".png")]
-    assert sorted(path.split("+")[2] for path in pictures) == ["0", "1", "2"]
+    by_key = {"kl~reverse_nats": ["0", "1", "2"], "kl~by_position_nats": ["0", "1", "2"]}
+    found = {name: sorted(p.split("+")[2] for p in pictures if f"images/{name}+" in p) for name in by_key}
+    assert found == by_key
     table = json.loads(Path(client.download_artifacts(tracker.run_id, "high_loss_tokens.json")).read_text())
-    assert table == {"columns": ["step", "rank", "token", "count"], "data": [[2, 0, "a", 3]]}  # the last report's
-    assert json.loads(run.data.tags["mlflow.loggedArtifacts"])[0]["type"] == "table"
+    assert table == {"columns": ["token", "count", "step", "rank"], "data": [["a", 3, 2, 0]]}  # the last report's
+    table = json.loads(Path(client.download_artifacts(tracker.run_id, "rollouts.json")).read_text())
+    assert table["columns"][:4] == ["prompt", "kl_mean_nats", "text", "reward"]
+    assert table["data"][0][:4] == ["p", 0.5, "t u", None]
+    page = Path(client.download_artifacts(tracker.run_id, "rollouts/step_000002.html")).read_text()
+    assert 'class="token student kl3"' in page
+    shown = json.loads(run.data.tags["mlflow.loggedArtifacts"])
+    assert shown == [{"path": f"{name}.json", "type": "table"} for name in ("high_loss_tokens", "rollouts")]
+    assert run.data.tags["mlflow.loggedImages"] == "True"
 
 
-def test_a_resumed_run_goes_on_in_its_own_run(home: Path) -> None:
+def test_a_resumed_run_goes_on_in_its_own_run_and_logs_no_step_twice(home: Path) -> None:
     folder = home / "resumed"
+
+    def attempt(steps: range, status: str) -> str:
+        tracker = MLflow(None, home)
+        fan = FanOut([RunFolder(), tracker])
+        fan.start(info(folder, step=steps.start))
+        for step in steps:
+            fan.log(report(step))
+        fan.finish(status)
+        return tracker.run_id
+
+    first = attempt(range(4), "KILLED")
+    assert attempt(range(2, 6), "FINISHED") == first
+    client = client_of(home)
+    assert client.get_run(first).info.status == "FINISHED"
+    for name in ("kl/reverse_mean_nats", "time/step_seconds"):
+        history = client.get_metric_history(first, name)
+        assert [m.step for m in history] == list(range(6))
+        said = read.metrics(folder, name).sort_values("step")["value"].tolist()
+        assert [m.value for m in history] == said
+    pictures = [f.path for f in client.list_artifacts(first, "images") if f.path.endswith(".png")]
+    assert len(pictures) == 2 * 6
+
+
+def test_a_report_that_was_logged_in_part_is_logged_again_into_the_same_places(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = MLflow(None, home)
+    tracker.start(info(home / "partly"))
+    one = report(0)
+    one.time = 1e9
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker._client, "log_batch", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tracker.log(one)
+    before = [f.path for f in tracker._client.list_artifacts(tracker.run_id, "images")]
+    for _ in range(2):
+        tracker.log(one)
+    assert [f.path for f in tracker._client.list_artifacts(tracker.run_id, "images")] == before
+    (point,) = tracker._client.get_metric_history(tracker.run_id, "kl/reverse_mean_nats")
+    assert (point.step, point.timestamp) == (0, 10**12)
+    again = MLflow(None, home)
+    again.start(info(home / "partly", step=1))
+    again._last = -1  # as if it had not known
+    again.log(one)
+    assert len(tracker._client.get_metric_history(tracker.run_id, "kl/reverse_mean_nats")) == 1
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_closed_when_it_starts_anew(home: Path) -> None:
     first, second = MLflow(None, home), MLflow(None, home)
-    first.start(info(folder))
-    first.log(report(0))
-    first.finish("KILLED")
-    second.start(info(folder, step=1))
-    assert second.run_id == first.run_id
-    assert client_of(home).get_run(second.run_id).info.status == "RUNNING"
-    second.log(report(1))
-    second.finish("FINISHED")
-    history = client_of(home).get_metric_history(second.run_id, "kl/reverse_mean_nats")
-    assert [m.step for m in history] == [0, 1]
+    first.start(info(home / "early"))
+    second.start(info(home / "early"))
+    assert first.run_id != second.run_id
+    assert client_of(home).get_run(first.run_id).info.status == "KILLED"
 
 
 def test_a_run_made_by_a_parent_is_taken_over(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +149,7 @@ def test_a_lost_store_is_rebuilt_from_the_run_folder(home: Path) -> None:
         fan.log(report(step))
     fan.finish("FAILED")
     tracker = MLflow(None, home)
-    rebuild(folder, tracker)
+    sync(folder, tracker)
     run = client_of(home).get_run(tracker.run_id)
     assert run.info.status == "FAILED"
     assert run.data.metrics["eval/pass_at_1"] == 1 / 7

@@ -1,0 +1,170 @@
+"""Processes that are killed, stores that go away: afterwards the run folder and every store tell the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab_run import run, settings
+
+from opd_lab import checkpoint
+from opd_lab.results import deliver, rebuild
+from opd_lab.run import run_folder
+from opd_lab.tracking import read
+from opd_lab.tracking.delivery import Reports
+from opd_lab.tracking.mlflow import IDENTITY, open_store
+from opd_lab.tracking.run_folder import volatile
+from tests.tracking.services import content, free_port, mlflow_server, postgres, wait_for
+
+pytestmark = pytest.mark.slow
+
+LAB = ["steps=40", "evaluate.every=10", "checkpoint.every=5", "diagnostics.every=4", "data.problems=40"]
+KILLS = 10
+
+
+def processes() -> Any:
+    """Children of a process that has imported everything: they begin at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["lab_run", "opd_lab.run", "mlflow", "pandas", "sqlalchemy", "opd_lab.tracking.mlflow"]
+    )
+    return context
+
+
+def train(home: Path, overrides: list[str], ended: Any = None) -> None:
+    run(home, *overrides, mlflow=True, say=lambda line: None)
+    if ended is not None:
+        ended.set()
+
+
+def said(folder: Path) -> dict[str, list[tuple[int, str, int]]]:
+    """Every scalar of a run folder, as a store must have it."""
+    out: dict[str, list[tuple[int, str, int]]] = {}
+    for report in Reports(folder).new():
+        for name, value in report.scalars.items():
+            out.setdefault(name, []).append((report.step, repr(value), round(1000 * report.time)))
+    return out
+
+
+def stored(folder: Path, scratch: Path) -> dict[str, Any]:
+    known = json.loads((folder / IDENTITY).read_text())
+    scratch.mkdir()
+    client = open_store(known["uri"], folder.parents[1], "opd_lab").client
+    return content(client, known["run_id"], scratch)
+
+
+def agree(folder: Path, found: dict[str, Any]) -> None:
+    """A store's content and the run folder."""
+    status = read.status(folder)
+    assert found["run"][:2] == (status["name"], status["status"])
+    assert found["metrics"] == said(folder)
+    assert found["params"] == {name: str(value) for name, value in status["params"].items()}
+    own = {name: text for name, text in found["tags"].items() if not name.startswith("mlflow.")}
+    assert own == status["tags"]
+    for path in folder.glob("*.parquet"):
+        assert found["files"][path.name] == path.read_bytes(), path.name
+    shown = {row["step"] for row in read.rollouts(folder)[["step"]].to_dict("records")}
+    assert {name for name in found["files"] if name.startswith("rollouts/")} == {
+        f"rollouts/step_{step:06d}.html" for step in shown
+    }
+    pictures = sorted(name.split("+")[2] for name in found["files"] if name.startswith("images/kl~reverse_nats"))
+    assert pictures == sorted(2 * [str(step) for step in shown])  # a picture and its small copy, once per step
+    assert found["models"] == [("student", "READY")]
+
+
+def readable(folder: Path) -> int:
+    """A run folder as a kill left it: every table can be read, no step is missing or there twice. Its last step."""
+    steps = sorted(read.metrics(folder, "loss/total_value")["step"])
+    assert steps == list(range(1, len(steps) + 1))
+    for name in ("histograms", "high_loss_tokens", "rollouts", "evaluations", "positions"):
+        found = read.table(folder, name).astype(str)
+        assert len(found) == len(found.drop_duplicates()), f"{name} has rows twice"
+    return len(steps)
+
+
+def test_a_run_that_is_killed_ten_times_loses_nothing(tmp_path: Path) -> None:
+    chosen, draw = settings(tmp_path / "killed", *LAB, mlflow=True), random.Random(0)
+    folder, killed = run_folder(chosen, "opd"), 0
+    context = processes()
+    reached = []
+    for _ in range(KILLS):
+        ended = context.Event()
+        child = context.Process(target=train, args=(tmp_path / "killed", LAB, ended))
+        child.start()
+        if not ended.wait(draw.uniform(0.5, 4.0)):
+            child.kill()
+            killed += 1
+        child.join()
+        if folder.is_dir() and (folder / "status.json").exists():
+            saved = checkpoint.latest(folder / "checkpoints")
+            last = readable(folder)
+            reached.append(last)
+            assert last >= (saved.step if saved else 0)
+    assert killed >= KILLS / 2 and any(0 < step < 40 for step in reached), reached
+    train(tmp_path / "killed", LAB)  # the same command goes on
+    assert readable(folder) == 40
+    assert deliver(folder) == "delivered"
+    found = stored(folder, tmp_path / "one")
+    agree(folder, found)
+
+    whole = run(tmp_path / "whole", *LAB).folder
+    columns = ["step", "name", "value"]
+    frames = [read.metrics(one).sort_values(columns[:2])[columns] for one in (folder, whole)]
+    one, other = ([row for row in frame.itertuples(index=False) if not volatile(row[1])] for frame in frames)
+    assert all(a == b or (a[:2] == b[:2] and math.isnan(a[2]) and math.isnan(b[2])) for a, b in zip(one, other))
+    assert len(one) == len(other)
+
+    rebuild(folder, f"sqlite:///{tmp_path / 'empty.db'}")
+    assert stored(folder, tmp_path / "two") == found
+
+
+def test_a_server_that_hangs_and_then_dies_in_mid_run_gets_everything(tmp_path: Path) -> None:
+    port = free_port()
+    lab = [*LAB, "steps=60", f"tracking.uri=http://127.0.0.1:{port}"]
+    folder = run_folder(settings(tmp_path / "runs", *lab, mlflow=True), "opd")
+    context = processes()
+    child = context.Process(target=train, args=(tmp_path / "runs", lab))
+
+    def step() -> int:
+        return max(read.metrics(folder, "loss/total_value").get("step", [0]))
+
+    (tmp_path / "store").mkdir()
+    with mlflow_server(tmp_path / "store", port) as server:
+        child.start()
+        wait_for(lambda: (folder / "status.json").exists() and step() >= 3, 60)
+        os.killpg(server.pid, signal.SIGSTOP)
+        hung_at = step()
+        wait_for(lambda: step() >= hung_at + 5 or not child.is_alive(), 30)  # the run does not wait for it
+        os.killpg(server.pid, signal.SIGCONT)
+        wait_for(lambda: step() >= hung_at + 10 or not child.is_alive(), 30)
+    child.join()
+    assert child.exitcode == 0
+    assert read.status(folder)["status"] == "FINISHED"
+    with mlflow_server(tmp_path / "store", port):
+        assert deliver(folder) == "delivered"
+        agree(folder, stored(folder, tmp_path / "one"))
+        where = read.Store(f"http://127.0.0.1:{port}", "opd_lab")
+        for name in ("histograms", "rollouts"):
+            assert len(read.table(where, name)) == len(read.table(folder, name))
+        assert len(read.metrics(where)) == len(read.metrics(folder))
+
+
+def test_a_real_postgres_takes_a_run_and_gives_it_back(tmp_path: Path) -> None:
+    with postgres() as uri:
+        folder = run(tmp_path / "runs", f"tracking.uri={uri}", mlflow=True).folder
+        agree(folder, stored(folder, tmp_path / "one"))
+        where = read.Store(uri, "opd_lab")
+        for names in (None, ["kl/reverse_mean_nats", "time/step_seconds"]):
+            one, other = (
+                read.metrics(place, names).sort_values(["step", "name"], ignore_index=True) for place in (folder, where)
+            )
+            assert one["value"].tolist() == other["value"].tolist()
+        (one,), (other,) = (read.runs(place).drop(columns="folder").to_dict("records") for place in (folder, where))
+        assert one == other
