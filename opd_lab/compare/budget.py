@@ -1,7 +1,8 @@
 """What runs were given and what they spent, and whether that was equal.
 
-Tokens of the teacher are those that it read or wrote: scored, read before a continuation, and the larger of decoded and
-written, since what it writes into a rollout it decodes too. What the diagnostics alone asked of it is included.
+Tokens of the teacher are those that it read or wrote: scored, read before a continuation (less what a longer prefix had
+brought along), and the larger of decoded and written, since what it writes into a rollout it decodes too. What the
+diagnostics alone asked of it is included.
 
 FLOPs are estimated from token counts and parameter counts N, with 2 N per token forward and 6 N per token trained
 (forward and backward), for U updates per rollout:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 EQUAL_RATIO = 1.05  # what was spent counts as equal up to this largest / smallest; what was given must be the same
-_TEACHER = tuple(f"cost/teacher_{name}_tokens" for name in ("scored", "prefix", "decoded", "generated"))
+_TEACHER = tuple(f"cost/teacher_{name}_tokens" for name in ("scored", "prefix", "cached", "decoded", "generated"))
 _NEEDS = {  # axis -> metrics that it is made of
     "steps": (),
     "student_tokens": ("cost/generated_tokens",),
@@ -64,8 +65,8 @@ def along(axis: str, metrics: DataFrame, folder: Path) -> Any:
         return wide[first].fillna(0.0).cumsum()
     totals = wide.reindex(columns=["cost/generated_tokens", *_TEACHER]).ffill().fillna(0.0)  # not logged: not asked
     student_tokens = totals["cost/generated_tokens"]
-    scored, prefix, decoded, written = (totals[name] for name in _TEACHER)
-    teacher_tokens = scored + prefix + decoded.clip(lower=written)
+    scored, prefix, cached, decoded, written = (totals[name] for name in _TEACHER)
+    teacher_tokens = scored + prefix - cached + decoded.clip(lower=written)
     if axis != "flops":
         return student_tokens if axis == "student_tokens" else teacher_tokens
     said = read.status(folder)

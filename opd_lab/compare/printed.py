@@ -56,7 +56,7 @@ def gains_cells(row: Any) -> list[str]:
     text = (
         f"{row.gain:+.3f} [{row.gain_low:+.3f}, {row.gain_high:+.3f}]",
         f"{row.p_holm:.3f}" if not row.p_holm < 0.001 else "< 0.001",
-        "*" if row.separated else "",
+        ("*" if row.speaks_of == "problems and seeds" else "(*)") if row.separated else "",
         f"{row.improvement:.3f} [{row.improvement_low:.3f}, {row.improvement_high:.3f}]",
     )
     return [row.method, *("-" if "nan" in value else value for value in text), row.speaks_of]
@@ -65,8 +65,11 @@ def gains_cells(row: Any) -> list[str]:
 def gains_caption(found: Comparison) -> str:
     hidden = found.comparisons - len(found.gains)
     chosen = f", {hidden} of them settings that are not shown: the budget of choosing" if hidden else ""
+    count = f"{found.comparisons} comparison{'s' if found.comparisons > 1 else ''}"
+    one = found.gains.separated & (found.gains.speaks_of == "problems")
+    these = " (*) = of these very runs, which another seed may undo." if one.any() else ""
     return (
-        f"Paired by problem. * = p <= 0.05 after Holm over {found.comparisons} comparisons{chosen}. "
+        f"Paired by problem. * = p <= 0.05 after Holm over {count}{chosen}.{these} "
         "Beats it: how often a run does better on a problem, a tie counting half."
     )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from opd_lab.compare.budget import AXES
+from opd_lab.compare.budget import AXES, along
 from opd_lab.compare.curves import COLUMNS, curves
 from tests.compare.made_up import a_run
 
@@ -33,6 +34,12 @@ def test_every_axis_counts_what_was_spent(tmp_path: Path) -> None:
         found = curves(run, "kl/reverse_mean_nats", axis)
         assert found.x.to_list() == [0, value / 2, value], axis
         assert math.isnan(found.low[0])  # one seed
+
+
+def test_the_teachers_tokens_are_each_counted_once() -> None:
+    spent = {"scored": 100, "prefix": 50, "cached": 20, "decoded": 30, "generated": 10}
+    rows = [{"step": 1, "name": f"cost/teacher_{name}_tokens", "value": value} for name, value in spent.items()]
+    assert along("teacher_tokens", pd.DataFrame(rows), Path("run")).to_list() == [100 + 50 - 20 + 30]
 
 
 def test_running_seeds_count_where_they_are(tmp_path: Path) -> None:

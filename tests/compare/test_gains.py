@@ -91,3 +91,13 @@ def test_the_tables_fit_into_120_columns(tmp_path: Path) -> None:
     tables = [line for line in out.getvalue().splitlines() if line[:1] in "┃│┏└┡"]
     assert max(map(len, out.getvalue().splitlines())) <= 120
     assert sum("oprd_bridge_plus_opd" in line for line in tables) == 2  # neither table has folded a name
+
+
+def test_a_mark_from_one_seed_each_is_of_these_runs_only(tmp_path: Path) -> None:
+    a_run(tmp_path, "opd", 0, [0] * 19 + [1])
+    a_run(tmp_path, "kat", 0, [4] * 20)
+    out = io.StringIO()
+    render(table(tmp_path), Console(file=out, width=120))
+    said = " ".join(out.getvalue().split())
+    assert "< 0.001 │ (*) │" in said
+    assert "after Holm over 1 comparison. (*) = of these very runs, which another seed may undo." in said
