@@ -17,7 +17,6 @@ from dashboards.figures import accuracy, alarms, cost, divergence, estimators, p
 from dashboards.runs import Selected, select
 from opd_lab.compare.guard import CONVENTIONS, conventions
 from opd_lab.compare.printed import HEAD, caption, gains_caption, gains_cells, gains_head, notes, row_cells
-from opd_lab.compare.table import table
 from opd_lab.tracking import coloured, read
 
 HERE = Path(__file__).parent
@@ -97,7 +96,7 @@ def _answer(selected: Selected, unfinished: bool, baseline: str | None) -> Itera
         said = ", ".join(f"{name} {status}" for name, status in states) or "no run"
         yield f'<p role="status">No run has finished: {escape(said)}. What they logged is below.</p>'
     else:
-        found = table(selected.folders, baseline)
+        found = selected.compared(baseline)
         yield _table(HEAD, [row_cells(row) for row in found.rows.itertuples()], "Accuracy and cost of every method")
         yield f'<p class="note">{escape(caption(found))}</p>'
         if len(found.gains):
@@ -105,7 +104,7 @@ def _answer(selected: Selected, unfinished: bool, baseline: str | None) -> Itera
             yield _table(gains_head(found), rows, f"Every method against {found.baseline}")
             yield f'<p class="note">{escape(gains_caption(found))}</p>'
         yield "".join(f"<p>{escape(note)}</p>" for note in notes(found))
-        yield from _figures([accuracy.final(selected), accuracy.gains(selected, baseline)])
+        yield from _figures([accuracy.final(selected, baseline), accuracy.gains(selected, baseline)])
     yield from _figures([accuracy.accuracy(selected)])
 
 
@@ -132,7 +131,7 @@ def _rollouts(selected: Selected, baseline: str | None) -> list[str]:
 
 def _two(selected: Selected, baseline: str | None) -> tuple[str, str]:
     try:
-        found: Any = table(selected.folders, baseline)
+        found: Any = selected.compared(baseline)
     except ValueError:
         return selected.labels[0], selected.labels[-1]
     others = found.rows[found.rows["method"] != found.baseline]
@@ -200,8 +199,7 @@ def _figure(figure: go.Figure) -> str:
     head = f"<h3>{escape(words['question'])}</h3>"
     if words["empty"]:
         return f'{head}<p role="status" class="empty">{escape(words["empty"])}</p>'
-    drawn: Any = style.bare(figure)
-    drawn.layout.template = None  # the page's script lays it, light or dark
+    drawn: Any = style.bare(figure, None)  # the page's script lays the template, light or dark
     height = int(drawn.layout.height)
     data = str(drawn.to_json()).replace("</", "<\\/")
     note = f'<p class="note">{escape(words["note"])}</p>' if words["note"] else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -15,12 +15,13 @@ import pandas as pd
 from dashboards.style import Style, styles
 from opd_lab.compare.budget import along, metrics_of
 from opd_lab.compare.groups import Group, groups
+from opd_lab.compare.table import Comparison, table
 from opd_lab.tracking import read
 
 Frame = Any  # a table or column of pandas, whose own types know less than its documentation
 STATUSES = ("FINISHED", "RUNNING", "FAILED", "KILLED")
 READ_TABLES = 4096  # tables of single runs kept in memory
-MOST_POINTS = 400  # of a line: of longer runs only every n-th step is drawn, and the note says so
+MOST_POINTS = 250  # of a line: of longer runs only every n-th step is drawn, and the note says so
 
 
 AXES = {  # what curves are drawn against, as `compare.budget.along` counts it
@@ -53,25 +54,45 @@ class Selected:
 
     def metrics(self, names: Collection[str]) -> Frame:
         """label, folder, step, name, value."""
-        return self._gather(lambda folder: _metrics(str(folder), names, _stamp(folder)))
+        found = []
+        for group in self.groups:
+            for folder in group.folders:
+                logged = _logged(str(folder), _stamp(folder))
+                for name in names:
+                    if name in logged.names:
+                        step_N, value_N = logged.of(name)
+                        row = {"label": group.label, "folder": str(folder), "name": name}
+                        found.append(pd.DataFrame({"step": step_N, "value": value_N}).assign(**row))
+        return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=["label", "folder", "step"])
 
     def table(self, name: str) -> Frame:
         """A table of all runs, with the label of each row; empty where no run has it."""
-        return self._gather(lambda folder: _table(str(folder), name, _stamp(folder)))
-
-    def _gather(self, one: Callable[[Path], Frame]) -> Frame:
         frames = [
             found.assign(label=group.label, folder=str(folder))
             for group in self.groups
             for folder in group.folders
-            if len(found := one(folder))
+            if len(found := _table(str(folder), name, _stamp(folder)))
         ]
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["label", "folder", "step"])
 
+    def present(self, found: Frame) -> list[str]:
+        """The methods of which a table has rows, in their order."""
+        there = set(found["label"].unique())
+        return [label for label in self.labels if label in there]
+
     def names(self) -> list[str]:
         """Every metric that some run logged, from the first run of each method."""
-        logged = [_logged(str(group.folders[0]), _stamp(group.folders[0])) for group in self.groups]
-        return sorted({str(name) for found in logged if len(found) for name in found["name"].cat.categories})
+        firsts = (group.folders[0] for group in self.groups)
+        return sorted({name for folder in firsts for name in _logged(str(folder), _stamp(folder)).names})
+
+    def compared(self, baseline: str | None = None) -> Comparison:
+        """The final table of the finished runs.
+
+        Raises:
+            ValueError: there is none, or no such baseline.
+        """
+        stamps = tuple(_stamp(folder) for folder in self.folders)
+        return _compared(tuple(map(str, self.folders)), baseline, stamps)
 
 
 def select(runs: read.Runs, statuses: Collection[str] = STATUSES) -> Selected:
@@ -97,44 +118,42 @@ def curves(selected: Selected, metric: str, x: str = "steps") -> list[Curve]:
     Raises:
         ValueError: an unknown x, or one that the runs did not log.
     """
-    found = selected.metrics([metric])
-    if not len(found):
-        return []
-    found = found.dropna(subset="value").assign(x=_spent(found, x))
-    out = []
-    for label in [label for label in selected.labels if label in set(found["label"])]:
-        mine = found[found["label"] == label]
-        points = _over_seeds(mine)
-        every = -(-len(points) // MOST_POINTS)
-        thin = points.iloc[sorted({*range(0, len(points), every), len(points) - 1})]
-        out.append(Curve(label, mine["folder"].nunique(), thin, every))
-    return out
+    if x not in AXES:
+        raise ValueError(f"x must be one of {', '.join(AXES)}, got {x}")
+    lines = (_curve(group, metric, x) for group in selected.groups)
+    return [line for line in lines if line is not None]
 
 
-def _over_seeds(mine: Frame) -> Frame:
-    """step, x, mean, low, high, seeds: over the runs that have come this far."""
-    value_SR = mine.pivot(index="step", columns="folder", values="value")
-    x_SR = mine.pivot(index="step", columns="folder", values="x")
-    return pd.DataFrame(
-        {
-            "step": value_SR.index,
-            "x": x_SR.mean(axis=1).to_numpy(),
-            "mean": value_SR.mean(axis=1).to_numpy(),
-            "low": value_SR.min(axis=1).to_numpy(),
-            "high": value_SR.max(axis=1).to_numpy(),
-            "seeds": value_SR.count(axis=1).to_numpy(),
-        }
-    )
+def _curve(group: Group, metric: str, x: str) -> Curve | None:
+    runs = []
+    for folder in group.folders:
+        logged = _logged(str(folder), _stamp(folder))
+        if metric in logged.names:
+            step_N, value_N = logged.of(metric)
+            there_N = ~np.isnan(value_N)
+            step_N, value_N = step_N[there_N], value_N[there_N]
+            runs.append((step_N, value_N, _spent(folder, step_N, x)))
+    step_S = np.unique(np.concatenate([step_N for step_N, _, _ in runs])) if runs else np.empty(0)
+    if not len(step_S):
+        return None
+    value_SR, x_SR = np.full((2, len(step_S), len(runs)), np.nan)
+    for r, (step_N, value_N, x_N) in enumerate(runs):
+        at_N = np.searchsorted(step_S, step_N)
+        value_SR[at_N, r], x_SR[at_N, r] = value_N, x_N
+    every = -(-len(step_S) // MOST_POINTS)
+    kept = sorted({*range(0, len(step_S), every), len(step_S) - 1})
+    value_SR, x_SR = value_SR[kept], x_SR[kept]
+    points = {"step": step_S[kept], "x": np.nanmean(x_SR, 1), "mean": np.nanmean(value_SR, 1)}
+    points |= {"low": np.nanmin(value_SR, 1), "high": np.nanmax(value_SR, 1), "seeds": (~np.isnan(value_SR)).sum(1)}
+    return Curve(group.label, sum(len(step_N) > 0 for step_N, _, _ in runs), pd.DataFrame(points), every)
 
 
-def _spent(found: Frame, x: str) -> Frame:
-    """What each row's run had spent when its step was over."""
-    out = found["step"].astype(float)
-    for folder, rows in found.groupby("folder") if x != "steps" else ():
-        step_S, spent_S = _along(str(folder), x, _stamp(Path(folder)))
-        at_N = np.searchsorted(step_S, rows["step"], side="right")
-        out[rows.index] = np.concatenate([[0.0], spent_S])[at_N]
-    return out
+def _spent(folder: Path, step_N: Frame, x: str) -> Frame:
+    """What a run had spent when each of these steps was over."""
+    if x == "steps":
+        return step_N
+    step_S, spent_S = _along(str(folder), x, _stamp(folder))
+    return np.concatenate([[0.0], spent_S])[np.searchsorted(step_S, step_N, side="right")]
 
 
 def _stamp(folder: Path) -> float:
@@ -143,26 +162,44 @@ def _stamp(folder: Path) -> float:
     return max((folder / name).stat().st_mtime for name in files if (folder / name).exists())
 
 
+@dataclass(frozen=True)
+class Logged:
+    """Every scalar of a run."""
+
+    names: dict[str, int]  # name -> its code
+    code_N: Frame
+    step_N: Frame
+    value_N: Frame
+
+    def of(self, name: str) -> tuple[Frame, Frame]:
+        """Steps and values of one metric."""
+        mine_N = self.code_N == self.names[name]
+        return self.step_N[mine_N], self.value_N[mine_N]
+
+
 @lru_cache(READ_TABLES)
-def _logged(folder: str, stamp: float) -> Frame:
-    """Every scalar of a run: step, name (a category), value."""
-    found = read.metrics(folder)
-    return found.assign(name=found["name"].astype("category"))[["step", "name", "value"]] if len(found) else found
-
-
-def _metrics(folder: str, names: Collection[str], stamp: float) -> Frame:
-    found = _logged(folder, stamp)
+def _logged(folder: str, stamp: float) -> Logged:
+    found: Frame = read.metrics(folder)
     if not len(found):
-        return found
-    categories = found["name"].cat.categories
-    wanted = np.isin(found["name"].cat.codes, [categories.get_loc(name) for name in names if name in categories])
-    return found[wanted].astype({"name": str})
+        return Logged({}, *np.empty((3, 0)))
+    name_N = found["name"].astype("category").cat
+    names = {str(name): code for code, name in enumerate(name_N.categories)}
+    return Logged(names, name_N.codes.to_numpy(), found["step"].to_numpy(), found["value"].to_numpy())
+
+
+@lru_cache(READ_TABLES)
+def _compared(folders: tuple[str, ...], baseline: str | None, stamps: tuple[float, ...]) -> Comparison:
+    return table(folders, baseline)
 
 
 @lru_cache(READ_TABLES)
 def _along(folder: str, x: str, stamp: float) -> tuple[Frame, Frame]:
     """steps, and what had been spent after each."""
-    spent = along(x, _metrics(folder, metrics_of(x), stamp), Path(folder))
+    logged = _logged(folder, stamp)
+    parts = {name: logged.of(name) for name in metrics_of(x) if name in logged.names}
+    rows = [pd.DataFrame({"step": step_N, "value": value_N, "name": n}) for n, (step_N, value_N) in parts.items()]
+    found = pd.concat(rows) if rows else pd.DataFrame(columns=["step", "value", "name"])
+    spent = along(x, found, Path(folder))
     return spent.index.to_numpy(), spent.to_numpy()
 
 

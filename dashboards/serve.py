@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 APP = Path(__file__).with_name("app.py")
@@ -19,7 +20,7 @@ def serve(folder: Path, port: int, open_browser: bool) -> None:
         from streamlit.web import bootstrap
     except ImportError:
         raise ValueError("the dashboard needs Streamlit: pip install 'opd_lab[dashboards]'") from None
-    import dashboards.views  # noqa: F401  imported once here, not while the first reader waits
+    threading.Thread(target=_warm, args=(folder.resolve(),), daemon=True).start()
 
     options = {
         "server.address": "127.0.0.1",
@@ -31,3 +32,13 @@ def serve(folder: Path, port: int, open_browser: bool) -> None:
     }
     bootstrap.load_config_options(options)
     bootstrap.run(str(APP), False, [str(folder.resolve())], options)
+
+
+def _warm(folder: Path) -> None:
+    """Import, and read what the first page shows, before the first reader waits for it."""
+    from dashboards.choose import runs_in
+    from dashboards.figures.accuracy import accuracy
+    from dashboards.runs import select
+
+    if folders := [run for runs in runs_in(folder).values() for run in runs]:
+        accuracy(select(folders))

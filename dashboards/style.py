@@ -116,11 +116,10 @@ def empty(question: str, what_to_do: str) -> go.Figure:
     return figure
 
 
-def bare(figure: Any, dark: bool = False) -> go.Figure:
-    """A copy for a page that prints the question itself."""
-    shown = go.Figure(figure)
+def bare(figure: Any, look: go.layout.Template | None) -> go.Figure:
+    """The figure for a page that prints the question itself, and perhaps lays the template itself."""
     # An empty text, not None: some front ends write "undefined" for a title that is not there.
-    return shown.update_layout(title={"text": ""}, template=DARK if dark else LIGHT, margin={"t": _top(figure)})
+    return figure.update_layout(title={"text": ""}, template=look, margin={"t": _top(figure)})
 
 
 def _top(figure: Any) -> int:

@@ -13,7 +13,6 @@ from dashboards.runs import AXES, Frame, Selected, params
 from opd_lab.compare import printed
 from opd_lab.compare.groups import groups
 from opd_lab.compare.guard import CONVENTIONS, conventions
-from opd_lab.compare.table import table as compare
 from opd_lab.tracking import coloured
 
 CONFIG = {"displaylogo": False, "toImageButtonOptions": {"format": "svg"}}
@@ -26,7 +25,7 @@ def draw(figure: object) -> None:
     if words["empty"]:
         st.info(words["empty"])
         return
-    shown = style.bare(figure, dark=st.context.theme.type == "dark")
+    shown = style.bare(figure, style.DARK if st.context.theme.type == "dark" else style.LIGHT)
     st.plotly_chart(shown, theme=None, config=CONFIG, alt=words["alt"], key=f"figure {words['question']}")
     if words["note"]:
         st.caption(words["note"])
@@ -57,9 +56,9 @@ def comparison(selected: Selected) -> None:
         return
     first = next((place for place, label in enumerate(labels) if label.split()[0] == "opd"), 0)
     baseline = st.selectbox("Baseline", labels, first, key="baseline", bind="query-params")
-    draw(accuracy.final(selected))
+    draw(accuracy.final(selected, baseline))
     draw(accuracy.gains(selected, baseline))
-    found = compare(selected.folders, baseline)
+    found = selected.compared(baseline)
     table("What did each method reach, and at what price?", found.rows)
     st.caption(printed.caption(found))
     if len(found.gains):

@@ -9,7 +9,6 @@ import plotly.graph_objects as go
 from dashboards.figures import lines
 from dashboards.runs import AXES, Frame, Selected
 from dashboards.style import dress, empty, short
-from opd_lab.compare.table import table
 
 VALIDATION = re.compile(r"eval/validation/(avg_at_\d+)$")
 GREY = "#8A8F98"
@@ -31,11 +30,11 @@ def accuracy(selected: Selected, x: str = "steps") -> go.Figure:
     )
 
 
-def final(selected: Selected) -> go.Figure:
+def final(selected: Selected, baseline: str | None = None) -> go.Figure:
     """Test accuracy after training with its interval, and the accuracy before."""
     question = "Which student is better after training?"
     try:
-        rows: Frame = table(selected.folders).rows.dropna(subset="accuracy_after")
+        rows: Frame = selected.compared(baseline).rows.dropna(subset="accuracy_after")
     except ValueError as refusal:
         return empty(question, f"Nothing to compare yet: {refusal}.")
     if not len(rows):
@@ -101,7 +100,7 @@ def gains(selected: Selected, baseline: str | None = None) -> go.Figure:
     """Differences from a baseline, paired by problem, with intervals; filled where chance is ruled out."""
     question = "Is the difference larger than chance?"
     try:
-        found = table(selected.folders, baseline)
+        found = selected.compared(baseline)
     except ValueError as refusal:
         return empty(question, f"Nothing to compare yet: {refusal}.")
     rows: Frame = found.gains

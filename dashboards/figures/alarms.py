@@ -28,7 +28,7 @@ def timeline(selected: Selected) -> go.Figure:
     if not len(found):
         return empty(question, MISSING)
     figure = go.Figure()
-    for label in [label for label in selected.labels if label in set(found["method"])]:
+    for label in list(dict.fromkeys(found["method"])):
         mine, style = found[found["method"] == label], selected.styles[label]
         figure.add_trace(
             go.Scatter(

@@ -111,7 +111,7 @@ def histogram(selected: Selected, name: str = "kl/reverse_nats") -> go.Figure:
     found = found[found["name"] == name] if len(found) else found
     if not len(found):
         return empty(question, f"No histogram {name} was logged: run with diagnostics.every > 0.")
-    labels = [label for label in selected.labels if label in set(found["label"])]
+    labels = selected.present(found)
     drawn = labels[:PANELS]
     figure, places = panels(drawn)
     bins = found["bins"].iloc[0]
@@ -155,7 +155,7 @@ def positions(selected: Selected, value: str = "kl_reverse_mean_nats") -> go.Fig
     found = selected.table("positions")
     if not len(found) or value not in found:
         return empty(question, f"No profile over positions was logged: {DIAGNOSTICS}.")
-    labels = [label for label in selected.labels if label in set(found["label"])][:PANELS]
+    labels = selected.present(found)[:PANELS]
     figure, places = panels(labels)
     found = found.dropna(subset=value)
     low = float(np.log10(max(found[value][found[value] > 0].min(), 1e-4)))

@@ -29,7 +29,7 @@ def lens(selected: Selected) -> go.Figure:
     figure, places = panels(list(PANELS.values()), alike=False)
     order = list(dict.fromkeys(last["estimator"]))
     for (row, column), name in zip(places, PANELS):
-        for label in [label for label in selected.labels if label in set(last["label"])]:
+        for label in selected.present(last):
             mine = last[last["label"] == label].groupby("estimator", sort=False)[[name, "tokens"]].mean().reindex(order)
             style = selected.styles[label]
             figure.add_trace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import plotly.graph_objects as go
 
 from dashboards.runs import AXES, Curve, Selected, curves
@@ -61,15 +62,17 @@ def draw(
 
 
 def _line(line: Curve, style: Style, unit: str, *, legend: bool) -> list[go.Scatter]:
-    points = line.points
-    markers = list(range(0, len(points), max(len(points) // MARKERS, 1)))
-    size = [7 if i in set(markers) else 0 for i in range(len(points))]
+    # Single precision: seven digits, more than hover shows, in half the bytes.
+    points = {name: line.points[name].to_numpy(np.float32) for name in line.points}
+    x, low, high = points["x"], points["low"], points["high"]
+    size_S = np.zeros(len(x), np.int8)
+    size_S[:: max(len(x) // MARKERS, 1)] = 7
     traces = []
     if line.seeds > 1:
         traces.append(
             go.Scatter(
-                x=[*points["x"], *points["x"][::-1]],
-                y=[*points["high"], *points["low"][::-1]],
+                x=np.concatenate([x, x[::-1]]),
+                y=np.concatenate([high, low[::-1]]),
                 fill="toself",
                 fillcolor=style.band(),
                 line={"width": 0},
@@ -78,19 +81,21 @@ def _line(line: Curve, style: Style, unit: str, *, legend: bool) -> list[go.Scat
                 legendgroup=line.label,
             )
         )
+    shown = ["step", "low", "high", "seeds"] if line.seeds > 1 else ["step"]
+    spread = "<br>%{customdata[1]:.6g} to %{customdata[2]:.6g} over %{customdata[3]} runs" if line.seeds > 1 else ""
     traces.append(
         go.Scatter(
-            x=points["x"],
+            x=x,
             y=points["mean"],
-            customdata=points[["step", "low", "high", "seeds"]],
+            customdata=np.stack([points[name] for name in shown], 1),
             name=short(line.label),
             legendgroup=line.label,
             showlegend=legend,
             mode="lines+markers",
             line={"color": style.colour, "dash": style.dash, "width": 2},
-            marker={"symbol": style.symbol, "size": size, "color": style.colour, "opacity": 1, "line": {"width": 0}},
-            hovertemplate=f"{line.label}<br>step %{{customdata[0]}}, x = %{{x:,.6~g}}<br>%{{y:.6g}} {unit}"
-            "<br>%{customdata[1]:.6g} to %{customdata[2]:.6g} over %{customdata[3]} runs<extra></extra>",
+            marker={"symbol": style.symbol, "size": size_S, "color": style.colour, "opacity": 1, "line": {"width": 0}},
+            hovertemplate=f"{line.label}<br>step %{{customdata[0]}}, x = %{{x:,.6~g}}<br>%{{y:.6g}} {unit}{spread}"
+            "<extra></extra>",
         )
     )
     return traces

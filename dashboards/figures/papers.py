@@ -143,7 +143,7 @@ def kl_map(selected: Selected) -> go.Figure:
     found = selected.table("rollouts")
     if not len(found) or "reverse_kl" not in found:
         return empty(question, "No sampled rollouts with a KL: run with diagnostics.sample_rollouts=100.")
-    label = next(label for label in selected.labels if label in set(found["label"]))
+    label = selected.present(found)[0]
     found = found[found["label"] == label]
     steps = found["step"]
     first, last = max(SHARE * steps.max(), steps.min()), (1 - SHARE) * steps.max()
@@ -228,7 +228,7 @@ def pass_at_k(selected: Selected) -> go.Figure:
     if not len(found):
         return empty(question, "No pass@k on test problems: it needs graded data and evaluate.test_samples > 1.")
     figure = go.Figure()
-    for label in [label for label in selected.labels if label in set(found["label"])]:
+    for label in selected.present(found):
         mine, style = found[found["label"] == label], selected.styles[label]
         last = mine[mine["step"] == mine.groupby("folder")["step"].transform("max")].groupby("name")["value"].mean()
         figure.add_trace(

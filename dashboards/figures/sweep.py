@@ -121,7 +121,7 @@ def response(selected: Selected, parameter: str = "optim.lr") -> go.Figure:
     numbers: Frame = pd.to_numeric(table[parameter], errors="coerce")
     table = table.assign(at=table[parameter].astype(str) if numbers.isna().any() else numbers)
     figure = go.Figure()
-    labels = [label for label in selected.labels if label in set(table["label"])]
+    labels = selected.present(table)
     families = {label: label.split(" ")[0] for label in labels}
     for family in dict.fromkeys(families.values()):
         mine = table[table["label"].map(families) == family]

@@ -55,7 +55,8 @@ def along(axis: str, metrics: DataFrame, folder: Path) -> Any:
     Raises:
         ValueError: an axis whose metrics or parameter counts the run did not log.
     """
-    wide: Any = metrics.pivot_table(index="step", columns="name", values="value", aggfunc="last")
+    once: Any = metrics.drop_duplicates(["step", "name"], keep="last")
+    wide: Any = once.pivot(index="step", columns="name", values="value")
     if axis == "steps":
         return wide.index.to_series()
     first = _NEEDS[axis][0]

@@ -83,9 +83,9 @@ def test_a_long_run_is_thinned_and_the_note_says_so(tmp_path: Path) -> None:
     for step in range(1001):
         tracker.log(Report(step, {"kl/reverse_mean_nats": 1.0 + step}))
     (line,) = curves(select(tmp_path), "kl/reverse_mean_nats")
-    assert (line.every, len(line.points)) == (3, 335)  # every third of 1,001 steps, and the last
+    assert (line.every, len(line.points)) == (5, 201)  # every fifth of 1,001 steps, and the last
     assert line.points["mean"].tolist()[-1] == 1001.0
-    assert "Every 3th step is drawn" in style.words(divergence.kl(select(tmp_path)))["note"]
+    assert "Every 5th step is drawn" in style.words(divergence.kl(select(tmp_path)))["note"]
 
 
 def test_a_heat_map_shows_shares_of_the_pooled_counts_on_the_bins_of_all_runs(two: Selected) -> None:
