@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 
 from dashboards.report import write_report
 from opd_lab.diagnostics.histograms import count
@@ -27,6 +31,7 @@ from opd_lab.tracking.run_folder import RunFolder
 from opd_lab.tracking.tracker import RunInfo
 from opd_lab.types import Report
 
+PICTURE = ".js-plotly-plot .main-svg .scatterlayer .trace"
 SEEDS, EVERY, EVALUATE, PROBLEMS = 5, 50, 100, 200
 SHARED = [
     *("kl/reverse_mean_nats", "kl/forward_mean_nats", "kl/reverse_p50_nats", "kl/reverse_p90_nats"),
@@ -90,29 +95,34 @@ def _add_tables(report: Report, draw: random.Random) -> None:
     ]
 
 
-def first_pictures(home: Path) -> list[float]:
-    """Seconds from the address to a drawn figure: the first reader of a new server, and a second one."""
+@contextmanager
+def served(home: Path) -> Iterator[str]:
+    """The address of the app over the runs of a folder, by the command that a user gives."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "opd_lab.cli", "dashboard", str(home), "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _wait_for(f"{address}/_stcore/health")
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(**chromium())
-            return [_first_picture(browser, address) for _ in range(2)]
+        _wait_for(f"http://127.0.0.1:{port}/_stcore/health")
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
         server.wait()
 
 
-def _first_picture(browser: object, address: str) -> float:
-    page = browser.new_context(viewport={"width": 1400, "height": 1000}).new_page()  # pyright: ignore
+def first_pictures(home: Path) -> list[float]:
+    """Seconds from the address to a drawn figure: the first reader of a new server, and a second one."""
+    with served(home) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(**chromium())
+        return [_first_picture(browser, address) for _ in range(2)]
+
+
+def _first_picture(browser: Browser, address: str) -> float:
+    page = browser.new_context(viewport={"width": 1400, "height": 1000}).new_page()
     begin = time.perf_counter()
     page.goto(address)
-    page.wait_for_selector(".js-plotly-plot .main-svg .scatterlayer .trace", timeout=120_000)
+    page.wait_for_selector(PICTURE, timeout=120_000)
     return time.perf_counter() - begin
 
 
@@ -128,10 +138,8 @@ def _wait_for(address: str, seconds: float = 60.0) -> None:
             time.sleep(0.1)
 
 
-def chromium() -> dict[str, object]:
+def chromium() -> dict[str, Any]:
     """How Chromium is started: the machine's own, else Playwright's."""
-    import shutil
-
     own = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     words = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
     return {"args": words} | ({"executable_path": own} if own else {})

@@ -37,8 +37,12 @@ def serve(folder: Path, port: int, open_browser: bool) -> None:
 def _warm(folder: Path) -> None:
     """Import, and read what the first page shows, before the first reader waits for it."""
     from dashboards.choose import runs_in
-    from dashboards.figures.accuracy import accuracy
     from dashboards.runs import select
+    from dashboards.views import accuracy, usual_baseline
+    from opd_lab.compare.groups import groups
 
     if folders := [run for runs in runs_in(folder).values() for run in runs]:
-        accuracy(select(folders))
+        selected, labels = select(folders), [group.label for group in groups(folders)]
+        accuracy.accuracy(selected)
+        if labels:
+            selected.compared(labels[usual_baseline(labels)])

@@ -54,8 +54,7 @@ def comparison(selected: Selected) -> None:
     if not labels:
         st.info("No run has finished yet: the comparison comes with the first.")
         return
-    first = next((place for place, label in enumerate(labels) if label.split()[0] == "opd"), 0)
-    baseline = st.selectbox("Baseline", labels, first, key="baseline", bind="query-params")
+    baseline = st.selectbox("Baseline", labels, usual_baseline(labels), key="baseline", bind="query-params")
     draw(accuracy.final(selected, baseline))
     draw(accuracy.gains(selected, baseline))
     found = selected.compared(baseline)
@@ -66,6 +65,11 @@ def comparison(selected: Selected) -> None:
         st.caption(printed.gains_caption(found))
     for note in printed.notes(found):
         (st.warning if note.startswith("WARNING") else st.caption)(note)
+
+
+def usual_baseline(labels: list[str]) -> int:
+    """The place of plain OPD, or else the first."""
+    return next((place for place, label in enumerate(labels) if label.split()[0] == "opd"), 0)
 
 
 def show_divergence(selected: Selected) -> None:
