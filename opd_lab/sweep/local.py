@@ -76,7 +76,7 @@ class LocalLauncher:
             running.process.join()
             _kill(running.process)  # what it may have left behind
             code = running.process.exitcode or 0
-            died = None if code == 0 else _died(code)
+            died = None if code == 0 else cause(code)
             ended.append(Ended(folder, running.why if died and running.why else died))
             running.process.close()
             del self._running[folder]
@@ -146,7 +146,7 @@ def _kill(process: BaseProcess) -> None:
             process.kill()
 
 
-def _died(code: int) -> str:
+def cause(code: int) -> str:
     if code > 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name

@@ -53,6 +53,40 @@ class LocalSettings:
     grace_seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class RaySettings:
+    kind: str
+    address: str | None
+    slots: int | str  # a number, or auto
+    cpus: int
+    gpus: float
+    memory_gib: float | None
+    resources: dict[str, float]
+    runtime_env: dict[str, Any]
+    object_store_mib: int
+    poll_seconds: float
+    grace_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmSettings:
+    kind: str
+    cluster: str
+    slots: int
+    partition: str | None
+    minutes: int
+    timeouts: int
+    signal_seconds: int
+    cpus: int
+    gpus: int
+    mem_gb: float | None
+    setup: list[str]
+    additional: dict[str, Any]
+    lost_seconds: float
+    poll_seconds: float
+    grace_seconds: float
+
+
 SAMPLERS = ("grid", "random", "tpe", "gp", "cmaes", "nsgaii", "qmc")
 PRUNERS = ("median", "hyperband", "successive_halving", "patient", "wilcoxon")
 

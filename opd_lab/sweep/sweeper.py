@@ -12,7 +12,11 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-LAUNCHERS = {"local": "opd_lab.sweep.local:LocalLauncher"}  # launcher.kind -> a class made from its own `Settings`
+LAUNCHERS = {  # launcher.kind -> a class made from its own `Settings`
+    "local": "opd_lab.sweep.local:LocalLauncher",
+    "ray": "opd_lab.sweep.ray:RayLauncher",
+    "slurm": "opd_lab.sweep.slurm:SlurmLauncher",
+}
 
 
 class OptunaSweeper(Sweeper):
