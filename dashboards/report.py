@@ -111,11 +111,11 @@ def _answer(selected: Selected, unfinished: bool, baseline: str | None) -> Itera
 def _search(selected: Selected) -> Iterator[Section]:
     """A sweep over hyperparameters, not over methods alone."""
     searched = [name for name in sweep.searchable(selected) if name != "method"]
-    common = sweep.study_of(selected) if searched else None
-    varied = [name for name in searched if common is not None and name in common.trials[0].params]
-    if common is not None and varied:
-        drawn = [sweep.response(selected, name) for name in varied]
-        yield Section("Which hyperparameters matter?", _figures([*drawn, *sweep.overview(common)]))
+    study = (sweep.study_with(selected) or sweep.study_of(selected)) if searched else None
+    varied = {name for trial in study.trials for name in trial.params} if study is not None else set()
+    if study is not None and varied - {"method"}:
+        drawn = [sweep.response(selected, name) for name in searched if name in varied]
+        yield Section("Which hyperparameters matter?", _figures([*drawn, *sweep.overview(study)]))
 
 
 def _rollouts(selected: Selected, baseline: str | None) -> list[str]:

@@ -135,7 +135,8 @@ def show_search(selected: Selected) -> None:
     journals = sweep.studies(selected.folders[0].parent)
     names = ["the chosen runs", *(path.stem for path in journals)]
     chosen = st.selectbox("Study", names, key="study", bind="query-params")
-    study = sweep.study_of(selected) if chosen == names[0] else sweep.load(journals[names.index(chosen) - 1])
+    stored = [path for path in journals if path.stem == chosen]
+    study = sweep.load(stored[0]) if stored else sweep.study_of(selected)
     if found := sweep.searchable(selected):
         parameter = st.selectbox("Hyperparameter", found, key="parameter", bind="query-params")
         draw(sweep.response(selected, parameter))

@@ -32,7 +32,7 @@ class Curves:
     question: str
     metrics: dict[str, str]
     unit: str  # of all its metrics; empty: each panel names its own
-    needs: str
+    method: str  # whose runs must be among those compared
 
 
 CURVES = {
@@ -41,14 +41,14 @@ CURVES = {
         "Do blended rollouts keep the teacher sure, and does accuracy gain by it?",
         {"entropy/teacher_mean_nats": "teacher's entropy, nats", "eval/validation/pass_at_1": "pass@1"},
         "",
-        "runs with method=trb and graded data",
+        "trb",
     ),
     "tropd_3": Curves(
         "TrOPD, arXiv 2606.01249, figure 3",
         "Do trust regions keep the student's entropy up and the gradient small?",
         {"entropy/student_mean_nats": "student's entropy, nats", "optim/gradient_norm": "gradient norm"},
         "",
-        "runs with method=tropd beside opd_sampled",
+        "tropd",
     ),
     "tropd_outliers": Curves(
         "TrOPD, arXiv 2606.01249, its acceptance rule",
@@ -58,7 +58,7 @@ CURVES = {
             "tropd/total_variation_mean_fraction": "total variation",
         },
         "fraction",
-        "runs with method=tropd",
+        "tropd",
     ),
     "oprd_6": Curves(
         "OPRD, arXiv 2606.06021, figures 5 and 6",
@@ -69,7 +69,7 @@ CURVES = {
             "rollout/length_mean_tokens": "tokens per rollout",
         },
         "",
-        "runs with method=oprd or oprd_bridge",
+        "oprd",
     ),
     "omniopd_3": Curves(
         "OmniOPD, arXiv 2606.01476, figure 3",
@@ -80,7 +80,7 @@ CURVES = {
             "eval/validation/pass_at_1": "pass@1",
         },
         "",
-        "runs with method=omniopd",
+        "omniopd",
     ),
     "fire": Curves(
         "FiRe-OPD, arXiv 2606.02684, its filter",
@@ -90,14 +90,14 @@ CURVES = {
             "fire_opd/dropped_reward_mean_fraction": "correct among dropped",
         },
         "fraction",
-        "runs with method=fire_opd and graded data",
+        "fire_opd",
     ),
     "scope_3": Curves(
         "SCOPE, arXiv 2604.10688, figure 3",
         "Does routing by correctness keep entropy while accuracy rises?",
         {"entropy/student_mean_nats": "student's entropy, nats", "eval/validation/pass_at_1": "pass@1"},
         "",
-        "runs with method=scope",
+        "scope",
     ),
     "rock": Curves(
         "Rock Tokens, arXiv 2605.09253, the frozen types during training",
@@ -107,7 +107,7 @@ CURVES = {
             "rock_tokens/other_kl_mean_nats": "KL of the others, nats",
         },
         "",
-        "runs with method=rock_tokens",
+        "rock_tokens",
     ),
     "kat": Curves(
         "KAT, arXiv 2606.09471, where rollouts end",
@@ -118,7 +118,7 @@ CURVES = {
             "kat/kept_fraction": "share of tokens kept",
         },
         "",
-        "runs with method=kat",
+        "kat",
     ),
 }
 
@@ -126,12 +126,15 @@ CURVES = {
 def curve(selected: Selected, name: str) -> go.Figure:
     """One of CURVES; methods that do not log its metrics are absent."""
     said = CURVES[name]
+    needs = f"It needs runs with method={said.method}, or a variant of it, and graded data."
+    if not any(label.startswith(said.method) for label in selected.labels):
+        return empty(said.question, needs)
     return lines.draw(
         selected,
         said.question,
         said.metrics,
         unit=said.unit,
-        missing=f"It needs {said.needs}.",
+        missing=needs,
         note=f"{said.paper}.",
         alike=bool(said.unit),
     )

@@ -27,6 +27,17 @@ def studies(folder: Path) -> list[Path]:
     return sorted({path for home in (folder, folder.parent) for path in (home / "optuna").glob("*.journal")})
 
 
+def study_with(selected: Selected) -> Study | None:
+    """The stored study whose trials these runs are: it knows what was pruned as well. None if there is none."""
+    mine = {folder.resolve() for folder in selected.folders}
+    for home in dict.fromkeys(folder.parent for folder in selected.folders):
+        for journal in studies(home):
+            study = load(journal)
+            if any(Path(run).resolve() in mine for trial in study.trials for run in trial.user_attrs.get("runs", ())):
+                return study
+    return None
+
+
 def load(journal: Path) -> Study:
     """The study in a journal, read only."""
     import optuna
@@ -72,6 +83,8 @@ def importance(study: Study) -> go.Figure:
     from optuna.importance import PedAnovaImportanceEvaluator
 
     question = "Which hyperparameters decide whether a trial is among the best?"
+    if len({name for trial in study.trials for name in trial.params}) < 2:
+        return empty(question, "It takes a search over two hyperparameters or more.")
     return _optuna(study, "plot_param_importances", question, evaluator=PedAnovaImportanceEvaluator())
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 from dashboard_runs import a_run
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import create_trial
 
 from dashboards import style
 from dashboards.figures import accuracy, alarms, cost, divergence, estimators, papers, rollouts, sweep, tokens
@@ -161,6 +164,27 @@ def test_plain_runs_are_trials_of_a_study(tmp_path: Path) -> None:
     assert sorted(numbers(figure.data[0].y)) == [0.3, 0.5, 0.8]
     shown = [style.words(figure)["question"] for figure in sweep.overview(study)]
     assert "Which settings do good trials have in common?" in shown
+
+
+def test_the_study_that_made_the_runs_is_found_with_what_it_pruned(tmp_path: Path) -> None:
+    home = tmp_path / "x"
+    runs = [a_run(home, "opd", lr=lr) for lr in (1e-3, 1e-2, 1e-1)]
+    (tmp_path / "optuna").mkdir()
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(tmp_path / "optuna" / "mine.journal")))
+    study = optuna.create_study(storage=storage, direction="maximize")
+    rates = {"optim.lr": optuna.distributions.FloatDistribution(1e-4, 1, log=True)}
+    for lr, run in zip((1e-3, 1e-2, 1e-1), runs):
+        said = {"runs": [str(run)]}
+        study.add_trial(create_trial(params={"optim.lr": lr}, distributions=rates, value=lr, user_attrs=said))
+    values, state = {1: 0.1}, optuna.trial.TrialState.PRUNED
+    study.add_trial(
+        create_trial(params={"optim.lr": 1.0}, distributions=rates, intermediate_values=values, state=state, value=0.1)
+    )
+    found = sweep.study_with(select(home))
+    assert found is not None
+    assert style.words(sweep.pruned(found))["note"] == "Of 4 trials: 3 complete, 1 pruned."
+    a_run(tmp_path / "elsewhere", "opd")
+    assert sweep.study_with(select(tmp_path / "elsewhere")) is None
 
 
 def test_alarms_are_listed_in_the_order_of_steps(tmp_path: Path) -> None:
