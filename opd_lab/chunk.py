@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from opd_lab import divergence as d
-from opd_lab.types import Signal, hidden
+from opd_lab.types import AFTER, Signal, hidden
 
 IN_CACHE = 1 << 19  # log-probs at a time
+LAST_AFTER = hidden("", (-1,), "token")  # the last block's states after each token
 NOWHERE = -1e9  # a logit whose probability is exactly 0 in any type; finite, so that no difference of two is NaN
 
 
@@ -26,6 +27,11 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     one_event: tuple[int, ...] = ()
+    floor_nats: float | None = None  # of the log-probs: none is lower, whatever then becomes of their sum
+
+    def log_probs(self, hidden_NH: Tensor) -> Tensor:
+        logp_NV = self.logits(hidden_NH).log_softmax(-1)
+        return logp_NV if self.floor_nats is None else logp_NV.clamp(min=self.floor_nats)
 
     def logits(self, hidden_NH: Tensor, weight_VH: Tensor | None = None, bias_V: Tensor | None = None) -> Tensor:
         weight_VH = self.weight_VH if weight_VH is None else weight_VH
@@ -59,6 +65,9 @@ class States:
 
     def logits(self) -> Tensor:
         return self.head.logits(self.hidden_NH)
+
+    def log_probs(self) -> Tensor:
+        return self.head.log_probs(self.hidden_NH)
 
 
 Scores = Mapping[Signal, Tensor]  # what a teacher without states says of N tokens
@@ -141,6 +150,13 @@ class Chunk(Mapping[Signal, Any]):
         logp_NV = self.logp_NV if owner == "student" else self.logq_NV
         return self._once(("likeliest", owner, k), lambda: d.likeliest(logp_NV, k))
 
+    def after(self, owner: str) -> Tensor:
+        """[N, V] log-probs of what follows each token."""
+        states = self._student if owner == "student" else self._teacher
+        last_NH = self.layers(owner, LAST_AFTER)[:, 0]
+        assert isinstance(states, States)
+        return self._once(("after", owner), lambda: states.head.log_probs(last_NH))
+
     def layers(self, owner: str, signal: Signal) -> Tensor:
         states = self._student if owner == "student" else self._teacher
         if not isinstance(states, States) or signal not in states.layers:
@@ -186,7 +202,7 @@ class Chunk(Mapping[Signal, Any]):
 
 def _log_probs(view: TeacherView | Tensor | None, owner: str) -> Tensor:
     if isinstance(view, States):
-        view = view.logits()
+        return view.log_probs()
     if not isinstance(view, Tensor):
         raise UndeclaredSignalError(
             f"this needs the {owner}'s full next-token distribution, which is not available here"
@@ -229,8 +245,8 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "outside": _outside,
     "logp_reference": lambda c: _sampled(c.logr_NV, c.ids_N),
     "forward_kl_reference": lambda c: d.forward_kl(c.logp_NV, c.logr_NV),
-    "full_student": lambda c: c.logp_NV,
-    "full_teacher": lambda c: c.logq_NV,
+    "full_student": lambda c, align="predict": c.logp_NV if align == "predict" else c.after("student"),
+    "full_teacher": lambda c, align="predict": c.logq_NV if align == "predict" else c.after("teacher").detach(),
     "full_reference": lambda c: c.logr_NV,
     "hidden": lambda c, owner, layers, align: c.layers(owner, hidden("", layers, align)),
     "rank_teacher": lambda c: (c.logq_NV > _sampled(c.logq_NV, c.ids_N)[:, None]).sum(-1).to(c.logq_NV.dtype),
@@ -274,7 +290,8 @@ def of_the_student(signals: frozenset[Signal]) -> frozenset[Signal]:
 def layers_of(owner: str, signals: frozenset[Signal]) -> frozenset[Signal]:
     """The blocks whose hidden states these signals ask of a model, as the keys of `States.layers`."""
     asked = (dict(signal.args) for signal in signals if signal.name == "hidden")
-    return frozenset(hidden("", a["layers"], a["align"]) for a in asked if a["owner"] == owner)
+    found = frozenset(hidden("", a["layers"], a["align"]) for a in asked if a["owner"] == owner)
+    return found | {LAST_AFTER} if Signal(f"full_{owner}", AFTER) in signals else found
 
 
 @torch.no_grad()

@@ -192,6 +192,8 @@ def check(s: RunSettings) -> None:
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value}")
+    if s.model.teacher_floor_nats is not None and not s.model.teacher_floor_nats < 0:
+        raise ValueError(f"model.teacher_floor_nats must be below 0 or null, got {s.model.teacher_floor_nats}")
     if s.evaluate.test_best and not s.checkpoint.keep_best:
         raise ValueError(
             "evaluate.test_best needs checkpoint.keep_best=true, got false; or set evaluate.test_best=false"

@@ -40,6 +40,7 @@ class LM:
     vocabulary: int  # ids in use; logits beyond them are padding and never computed
     scale: float = 1.0  # of the logits
     softcap: float | None = None  # of the logits
+    floor_nats: float | None = None  # of the log-probs
     one_end: tuple[int, ...] = ()  # ids that are one end of a response; the first is the one that is written
 
     @property
@@ -63,7 +64,7 @@ class LM:
         bias_V = getattr(linear, "bias", None)
         cut = slice(self.vocabulary)
         bias_V = None if bias_V is None else bias_V[cut]
-        return Head(linear.weight[cut], bias_V, self.scale, self.softcap, self.one_end)
+        return Head(linear.weight[cut], bias_V, self.scale, self.softcap, self.one_end, self.floor_nats)
 
     @property
     def pad_id(self) -> int:

@@ -113,8 +113,11 @@ def _where(gradient: Gradient, batch: Batch, norm: float) -> str:
     for loss_BT in gradient.losses.values():
         bad_B |= loss_BT.isinf().any(1).cpu()
     uids = batch.rollouts.uid_B.cpu()[bad_B].tolist()
+    infinite = (
+        f"; rollouts {uids[:5]} have an infinite loss: did the teacher rule a token out? model.teacher_floor_nats"
+    )
     return (
         f"step {batch.step}: the objective is {gradient.objective} and its gradient norm {norm}, not finite"
-        f"{f'; rollouts {uids[:5]} have an infinite loss' if uids else ''}. Nothing was updated and the run stops; "
+        f"{infinite if uids else ''}. Nothing was updated and the run stops; "
         "try a lower optim.lr, or look at these rollouts in the run folder"
     )

@@ -59,6 +59,7 @@ def load_parts(settings: RunSettings, say: Say) -> Parts:
     student = models.load(pair.student, device=pair.device, name="student")
     teacher = models.load(pair.teacher, device=pair.device, name="teacher")
     student, teacher, notes = pairing.match(student, teacher, pair.stop_ids, pair.stop_event)
+    teacher = replace(teacher, floor_nats=pair.teacher_floor_nats)
     data = prompts.load(settings.data, student.tokenizer)
     for note in [*notes, *data.notes]:
         say(note)

@@ -24,6 +24,9 @@ class PairSettings:
     measure: ModelSettings | None  # compared with in evaluations only, for teachers that give no distributions
     device: str  # auto | cpu | cuda | cuda:0 ...
     stop_ids: list[int] | None  # token ids that end a response, for both models; None = each model's own
+    teacher_floor_nats: (
+        float | None
+    )  # no log-prob of the teacher is lower; None = a token it rules out may stop the run
     stop_event: str  # merged | separate: ends that only one of the models has
 
 

@@ -134,11 +134,16 @@ class Trainer:
             )
 
     def graded(self, rollouts: Rollouts, examples: list[Example]) -> Rollouts:
-        """The rollouts with their rewards, where the data have answers. One that a stop rule cut has none."""
-        grade = self.parts.data.grade
+        """The rollouts with their rewards, where the data have answers. One that a stop rule cut has none. Where steps
+        can be graded, the place of the first wrong word comes along, -1 without one."""
+        grade, first_slip = self.parts.data.grade, self.parts.data.first_slip
         if grade is None:
             return rollouts
         texts = self.parts.student.texts(rollouts)
+        if first_slip is not None:
+            places = [first_slip(e.messages[-1]["content"], text) for text, e in zip(texts, examples)]
+            slip_B = torch.tensor([-1 if place is None else place for place in places], device=rollouts.uid_B.device)
+            rollouts = replace(rollouts, extra={**rollouts.extra, "first_slip": slip_B})
         rewards = [grade(text, e.answer) if e.answer is not None else math.nan for text, e in zip(texts, examples)]
         reward_B = torch.tensor(rewards, device=rollouts.reward_B.device)
         return replace(rollouts, reward_B=reward_B.masked_fill(rollouts.cut_B, math.nan))

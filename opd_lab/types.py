@@ -48,6 +48,7 @@ class Rollouts:
     reward_B: Tensor  # 1 correct, 0 wrong, NaN without a grader
     # What a behavior leaves beside, shape B or BT: the columns of its `mix`; `stop_score`, what its stop rule saw, on
     # cut tokens too; `generated`, tokens sampled, cut ones included; `teacher_decoded`, tokens the teacher looked at;
+    # `first_slip`, the place of the first wrong word, -1 without one, where data can tell (a word is a token there);
     # `shared`, prompt tokens that were not read again, because another row of the batch begins with them.
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -110,6 +111,9 @@ REFERENCE_KL = Signal("forward_kl_reference")  # KL(reference || student), full 
 FULL_STUDENT = Signal("full_student")  # log-probs of the whole vocabulary, shape NV: inside losses only
 FULL_TEACHER = Signal("full_teacher")
 FULL_REFERENCE = Signal("full_reference")
+AFTER = (("align", "token"),)  # of what follows the token, the stop token included, in place of what predicted it
+FULL_STUDENT_AFTER = Signal("full_student", AFTER)
+FULL_TEACHER_AFTER = Signal("full_teacher", AFTER)
 RANK_TEACHER = Signal("rank_teacher")  # tokens that the teacher prefers to the sampled one
 
 

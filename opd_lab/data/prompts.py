@@ -7,7 +7,7 @@ on the same questions; records that repeat a prompt are left out, so none can be
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +45,8 @@ class Dataset:
     test: list[Example]
     grade: Grader | None
     notes: list[str]
+    # Prompt and response -> place of the first wrong word, None without one; None where steps cannot be graded.
+    first_slip: Callable[[str, str], int | None] | None = None
 
     def digest_of(self, split: str) -> str:
         """Of one split, as the student reads it."""
@@ -80,7 +82,8 @@ def load(settings: DataSettings, tokenizer: Any) -> Dataset:
     rendered = {split: _render(split, records, settings, tokenizer, notes) for split, records in splits.items()}
     content = [[split, [(r.id, r.messages, r.answer) for r in records]] for split, records in splits.items()]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return Dataset(name=settings.name, digest=digest, grade=grade, notes=notes, **rendered)
+    slip = arithmetic.first_slip if settings.kind == "arithmetic" else None
+    return Dataset(name=settings.name, digest=digest, grade=grade, notes=notes, first_slip=slip, **rendered)
 
 
 class PromptStream:

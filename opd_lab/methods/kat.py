@@ -29,9 +29,11 @@ Differs: unknown; no released code was seen.
 Metrics, all kat/: threshold_nats, buffer_rollouts, active_fraction (0 or 1), cut_fraction (of rollouts),
 generated_mean_tokens, kept_mean_tokens, kept_fraction (of tokens), cut_mismatch_fraction (the rollouts that the scan
 would cut elsewhere given the update's own d), segment_fraction and onset_median_tokens (rollouts with a trap if no
-token were exempt, and where it begins), kl_{pre,agreement,post}_mean_nats (tokens of cut rollouts before the trap, in
-it, after it); histograms cut_position_tokens, lowest_nats, smoothed_nats. Table rollout_lengths, every rollout of every
-step: uid, kept, generated. `rollout/*` speaks of kept tokens, its reward of uncut rollouts.
+token were exempt, and where it begins), cut_after_slip_fraction (of cuts: the rollout had gone wrong before; only where
+the data can grade steps, as the lab's: a trap, or harmless agreement?), kl_{pre,agreement,post}_mean_nats (tokens of
+cut rollouts before the trap, in it, after it); histograms cut_position_tokens, lowest_nats, smoothed_nats. Table
+rollout_lengths, every rollout of every step: uid, kept, generated. `rollout/*` speaks of kept tokens, its reward of
+uncut rollouts.
 """
 
 from __future__ import annotations

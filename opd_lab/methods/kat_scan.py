@@ -86,7 +86,7 @@ def report(batch: Batch, d_BT: Tensor, again: Trap, anywhere: Trap) -> dict[str,
     """A step in numbers. `again` is the trap by the update's own d, `anywhere` the one if no token were exempt."""
     kept_B, generated_B = batch.consulted["kept"], batch.rollouts.generated_B
     cut_B = kept_B < generated_B
-    found_B = anywhere.trigger_B >= 0
+    found_B, slip_B = anywhere.trigger_B >= 0, batch.rollouts.extra.get("first_slip")
     values: dict[str, float | Tensor] = {
         "cut_fraction": mean(cut_B),
         "generated_mean_tokens": mean(generated_B),
@@ -95,6 +95,7 @@ def report(batch: Batch, d_BT: Tensor, again: Trap, anywhere: Trap) -> dict[str,
         "cut_mismatch_fraction": mean(torch.where(cut_B, kept_B, -1) != again.onset_B),
         "segment_fraction": mean(found_B),
         "onset_median_tokens": anywhere.onset_B[found_B].double().quantile(0.5).item() if found_B.any() else math.nan,
+        "cut_after_slip_fraction": mean(((slip_B >= 0) & (slip_B < kept_B))[cut_B]) if slip_B is not None else math.nan,
         "cut_position_tokens": kept_B[cut_B],
         "lowest_nats": batch.consulted["lowest"],
     }

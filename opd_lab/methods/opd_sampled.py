@@ -20,11 +20,13 @@ No ratio brings back a token that mu never draws (top-p, top-k, suppressed): the
 Neutral: none. It equals plain OPD in expectation only, which the test of this method computes exactly.
 Differs: tinker-cookbook also offers a discount over later tokens; here each token answers for itself, as in plain OPD.
 
-Metrics: sampled/advantage_{mean,std,p01,p99}_nats, of -gap over the step's tokens: before r, and for every estimator.
+Metrics: sampled/advantage_{mean,std,p01,p99}_nats, of -gap over the step's tokens: before r, and for every estimator;
+sampled/gradient_variance, E|g|^2 - |E g|^2 over the step's tokens, g a token's gradient in its logits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -35,9 +37,10 @@ from torch import Tensor
 from opd_lab import divergence as d
 from opd_lab.methods.base import TRAINED, Method, choice, within
 from opd_lab.methods.policy_gradient import ON_AVERAGE, seen
-from opd_lab.types import LOGP_STUDENT, LOGP_TEACHER, Batch, Facts, Needs, Tokens
+from opd_lab.types import FULL_STUDENT, LOGP_STUDENT, LOGP_TEACHER, Batch, Facts, Needs, Tokens
 
 ESTIMATORS = {"k1": d.k1, "k2": d.k2, "k3": d.k3}
+SLOPES = {"k2": lambda gap_N: gap_N, "k3": lambda gap_N: 1 - (-gap_N).exp()}  # their derivatives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,7 @@ class OPDSampled(Method):
             )
 
     def needs(self) -> Needs:
-        return Needs(tokens=frozenset({LOGP_STUDENT, LOGP_TEACHER}))
+        return Needs(tokens=frozenset({LOGP_STUDENT, LOGP_TEACHER, FULL_STUDENT}))
 
     def losses(self, tokens: Tokens) -> dict[str, Tensor]:
         logp_N = tokens[LOGP_STUDENT]
@@ -89,10 +92,27 @@ class OPDSampled(Method):
             loss_N = d.score_function(logp_N, -self.advantage(tokens))
         else:
             loss_N = ESTIMATORS[self.estimator](logp_N - tokens[LOGP_TEACHER])
-        if self.importance == "token":
-            ratio_N = (logp_N.detach() - tokens.behavior_logp_N).exp().clamp(max=self.importance_max)
-            loss_N = ratio_N * loss_N
-        return {TRAINED: loss_N}
+        return {TRAINED: self.ratio(tokens) * loss_N}
+
+    def ratio(self, tokens: Tokens) -> Tensor | float:
+        if self.importance == "none":
+            return 1.0
+        return (tokens[LOGP_STUDENT].detach() - tokens.behavior_logp_N).exp().clamp(max=self.importance_max)
+
+    def slope(self, tokens: Tokens) -> Tensor:
+        """Derivative of a token's loss in its log-prob."""
+        if self.form == "score":
+            return -self.ratio(tokens) * self.advantage(tokens)
+        return self.ratio(tokens) * SLOPES[self.estimator](tokens[LOGP_STUDENT] - tokens[LOGP_TEACHER])
+
+    def tally(self, tokens: Tokens) -> dict[str, Tensor]:
+        """Of a token's gradient in the logits, slope (onehot - p): the sum, and the sum of squared lengths."""
+        slope_N, p_NV = self.slope(tokens).detach(), tokens[FULL_STUDENT].detach().exp()
+        square_N = 1 - 2 * tokens[LOGP_STUDENT].detach().exp() + p_NV.square().sum(-1)
+        gradient_V = -(slope_N @ p_NV).double()
+        gradient_V = gradient_V.index_add(0, tokens.ids_N, slope_N.double())
+        square = (slope_N.double().square() * square_N).sum()
+        return {"tokens": torch.tensor(len(slope_N)), "gradient_V": gradient_V, "square": square}
 
     def advantage(self, tokens: Tokens) -> Tensor:
         """What it is worth to have drawn this token: -k1."""
@@ -105,6 +125,7 @@ class OPDSampled(Method):
         advantage_N = (logq_BT - logp_BT)[batch.rollouts.mask_BT].double()
         p01, p99 = torch.quantile(advantage_N, advantage_N.new_tensor([0.01, 0.99])).tolist()
         return {
+            "sampled/gradient_variance": variance(batch.tallies),
             "sampled/advantage_mean_nats": float(advantage_N.mean()),
             "sampled/advantage_std_nats": float(advantage_N.std(correction=0)),
             "sampled/advantage_p01_nats": p01,
@@ -117,3 +138,11 @@ class OPDSampled(Method):
             "estimator": f"{self.estimator}_{self.form}",
             "importance": self.importance,
         }
+
+
+def variance(tallies: Mapping[str, Tensor]) -> float:
+    """Of the tokens' gradients, from their sums; NaN without tokens."""
+    if not tallies or not tallies["tokens"]:
+        return math.nan
+    mean_V = tallies["gradient_V"] / tallies["tokens"]
+    return float(tallies["square"] / tallies["tokens"] - mean_V @ mean_V)

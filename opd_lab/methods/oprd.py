@@ -30,7 +30,9 @@ Differs: it feeds its cross-tokenizer teacher the student's ids; here such a pai
 Metrics: oprd/{hidden_mse_mean_raw, cosine_mean_fraction, supervised_tokens, teacher_norm_mean_raw,
 top5_dims_share_fraction}, oprd/cosine_layer<l>_fraction; of the Bridge, all of projected states, with
 subspace_cosine_mean_fraction for cosine_mean_fraction, and once, of held-out rollouts, oprd/bridge_{cosine_before,
-cosine_after,explained,cka}_fraction (also per layer), bridge_best_rank_dimensions, bridge_fit_loss_epoch<n>_raw.
+cosine_after,explained,cka}_fraction (also per layer), bridge_best_rank_dimensions, bridge_fit_loss_epoch<n>_raw; and
+every refit_cosine_every steps bridge_refit_cosine_fraction: P_S fitted anew to the rollouts of one step, only measured,
+on those of the next. A frozen cosine that rises where this one is flat is alignment, not a better map.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ every checkpoint. With `refit_every` P_S moves on: a ruler of rubber, a control 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,6 +42,7 @@ class OprdBridge(Oprd):
     fit_select: str = "last"
     center_student: bool = False
     refit_every: int = 0
+    refit_cosine_every: int = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +56,8 @@ class OprdBridge(Oprd):
         share = self.fit_validation_fraction
         within("fit_validation_fraction", share, "in (0, 0.5]", 0 < share <= 0.5)
         choice("fit_select", self.fit_select, ("last", "best_cosine"))
-        within("refit_every", self.refit_every, ">= 0 steps", self.refit_every >= 0)
+        for name in ("refit_every", "refit_cosine_every"):
+            within(name, getattr(self, name), ">= 0 steps", getattr(self, name) >= 0)
 
     def check_shapes(self, student: tuple[int, int], teacher: tuple[int, int]) -> None:
         most = min(student[1], teacher[1])
@@ -139,24 +141,41 @@ class OprdBridge(Oprd):
 
     def tally(self, tokens: Tokens) -> dict[str, Tensor]:
         found = super().tally(tokens)
-        if not self.refit_every:
-            return found
         on_N = tokens.consulted["supervised"]
-        student_NLD, teacher_NLE = self.raw(tokens)
-        return found | bridge.moments(student_NLD[on_N], teacher_NLE[on_N])
+        rows = [state_N[on_N] for state_N in self.raw(tokens)]
+        if "refit" in tokens.state:
+            cosine_L = bridge.cosines(bridge.Maps(**tokens.state["refit"]), [(rows[0], rows[1])])
+            found["refit_cosine_L"] = cosine_L.nan_to_num() * len(rows[0])  # a mean over none of them
+        refits = any(due(tokens.step, every) for every in (self.refit_every, self.refit_cosine_every))
+        return found | (bridge.moments(rows[0], rows[1]) if refits else {})
 
     def update(self, state: State, batch: Batch) -> State:
-        if not self.refit_every or (batch.step + 1) % self.refit_every or not batch.tallies:
+        """A refit that is only measured is tried on the next step's rollouts, which it has not seen."""
+        state = {name: value for name, value in state.items() if name != "refit"} if "refit" in state else state
+        places = {"bridge": self.refit_every, "refit": self.refit_cosine_every}
+        changed = [place for place, every in places.items() if due(batch.step, every)]
+        if not changed or not batch.tallies or not batch.tallies["rows"]:
             return state
         maps = bridge.Maps(**state["bridge"])
-        moved = maps._replace(student_LRD=bridge.regress(batch.tallies, maps))
-        return state | {"bridge": moved.single()._asdict()}
+        moved = maps._replace(student_LRD=bridge.regress(batch.tallies, maps)).single()._asdict()
+        return state | dict.fromkeys(changed, moved)
+
+    def metrics(self, batch: Batch, weights: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
+        found, tallies = super().metrics(batch, weights), batch.tallies
+        if found and "refit_cosine_L" in tallies:
+            cosine_L = tallies["refit_cosine_L"] / tallies["tokens"]
+            found["oprd/bridge_refit_cosine_fraction"] = float(cosine_L.mean())
+        return found
 
     def warning(self, cosine: float) -> str:
         return (
             f"cosine through the fitted bridge {cosine:.2f}, below method.warn_cosine={self.warn_cosine:g}; try "
             "solver: least_squares, more fit_prompts or another rank"
         )
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and (step + 1) % every == 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from opd_lab.methods.base import choice, within
 from opd_lab.methods.opd_sampled import OPDSampled
-from opd_lab.types import LOGP_STUDENT, LOGP_TEACHER, REVERSE_KL, Batch, Needs, Tokens
+from opd_lab.types import FULL_STUDENT, LOGP_STUDENT, LOGP_TEACHER, REVERSE_KL, Batch, Needs, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +79,8 @@ class Sampled(OPDSampled):
         sampled = frozenset({LOGP_STUDENT, LOGP_TEACHER})
         exact = {REVERSE_KL} if self.baseline == "exact_kl" else set()
         if self.whole_step:
-            return Needs(batch=sampled, tokens=frozenset({LOGP_STUDENT} | exact))
-        return Needs(tokens=sampled | exact)
+            return Needs(batch=sampled, tokens=frozenset({LOGP_STUDENT, FULL_STUDENT} | exact))
+        return Needs(tokens=sampled | exact | {FULL_STUDENT})
 
     def consult(self, ask: object, batch: Batch) -> dict[str, Tensor]:
         if not self.whole_step:

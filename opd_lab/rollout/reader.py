@@ -10,7 +10,7 @@ from opd_lab.rollout.torch_cache import PreallocatedCache, attention_layers
 
 
 class Reader:
-    """The logits of the next token; nothing but the last position is projected. A prompt that another one of the batch
+    """Log-probs of the next token; nothing but the last position is projected. A prompt that another one of the batch
     begins with is not read again: its keys and values are those of the other's first tokens."""
 
     def __init__(self, lm: LM, prompts: list[list[int]], limit: int) -> None:
@@ -34,13 +34,13 @@ class Reader:
             self._cache = self._cache.branch(row_R, behind_R, self._columns + limit)
 
     def read(self, ids_R1: Tensor | None) -> Tensor:
-        """Read one more token of every row, none at first; [R, V] logits of what comes next."""
+        """Read one more token of every row, none at first; [R, V] log-probs of what comes next."""
         if ids_R1 is None:
-            return self._head.logits(self._first_RH)
+            return self._head.log_probs(self._first_RH)
         self._columns += 1
         hidden_R1H = self._run(ids_R1, self._attention_RL[:, : self._columns], self._position_R1)
         self._position_R1 = self._position_R1 + 1
-        return self._head.logits(hidden_R1H[:, -1])
+        return self._head.log_probs(hidden_R1H[:, -1])
 
     def _run(self, ids_RL: Tensor, attention_RL: Tensor, position_RL: Tensor) -> Tensor:
         return self._body(

@@ -178,10 +178,10 @@ def _decode(
     score_RT = torch.zeros((len(row_R), limit if behavior.stop else 0), device=student.device)
     for t in range(limit):
         other = other if t < until else None  # its cache is freed
-        logp_RV = own.read(ids_R1).log_softmax(-1)
+        logp_RV = own.read(ids_R1)
         said_RV, source_R, uniform_R, kept_R = logp_RV, None, drawn.own_BT[row_R, t], None
         if other is not None:
-            logq_RV = other.read(ids_R1).log_softmax(-1)
+            logq_RV = other.read(ids_R1)
             if behavior.mix is not None:
                 said_RV, columns = behavior.mix(logp_RV, logq_RV)
                 for name, value_R in columns.items():

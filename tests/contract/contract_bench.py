@@ -131,7 +131,8 @@ def states(features_NH: Tensor, weight_VH: Tensor, layers: frozenset[Signal]) ->
     for signal in layers:
         asked: dict[str, Any] = dict(signal.args)
         seen_NH = features_NH if asked["align"] == "predict" else features_NH.roll(1, -1)
-        found[signal] = torch.stack([seen_NH @ blocks[block].T for block in asked["layers"]], 1)
+        every = [seen_NH if block == -1 else seen_NH @ blocks[block].T for block in asked["layers"]]
+        found[signal] = torch.stack(every, 1)
     return States(features_NH, Head(weight_VH), found)
 
 

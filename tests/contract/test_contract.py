@@ -159,6 +159,7 @@ def test_conventions_are_complete(method: Method):
     assert {"divergence", "estimator", "denominator"} <= method.conventions().keys()
 
 
+@pytest.mark.filterwarnings("ignore:method")  # a setting may have a warning for its user
 def test_the_lab_can_run_it_or_it_says_what_is_missing(method: Method):
     """A paper's own lengths do not fit the lab's short rollouts, and some methods need a third model."""
     try:

@@ -109,8 +109,8 @@ def test_veto_refusals_and_warning():
     with pytest.raises(ValueError, match=r"method\.beta0 must be in \[0, 2\], got 3"):
         Veto(beta0=3.0)
     with pytest.warns(UserWarning, match="single token"):
-        Veto(beta0=1.2)
+        Veto(beta0=1.2).check(FACTS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Veto(beta0=0.99)
+        Veto(beta0=0.99).check(FACTS)
     assert math.isclose(Veto().beta(0), 0.8)

@@ -179,6 +179,16 @@ def test_metrics() -> None:
     assert cast(Tensor, values["kat/smoothed_nats"]).isfinite().sum() == 7 + 4
 
 
+@pytest.mark.parametrize(("slips", "wanted"), [((2, -1), 1.0), ((3, 0), 1.0), ((4, 0), 0.0), ((-1, 0), 0.0)])
+def test_cuts_after_a_slip(slips: tuple[int, int], wanted: float) -> None:
+    """A keeps tokens 0 .. 3; B is not cut, wherever it slips."""
+    method = g6(window=2, consecutive=2, exempt_tokens=4)
+    batch = step_of(method, [A, B], stored(0.5, 0.6))
+    told = replace(batch.rollouts, extra={**batch.rollouts.extra, "first_slip": torch.tensor(slips)})
+    assert method.metrics(replace(batch, rollouts=told), {})["kat/cut_after_slip_fraction"] == wanted
+    assert math.isnan(cast(float, method.metrics(batch, {})["kat/cut_after_slip_fraction"])), "no grader of steps"
+
+
 def test_metrics_before_the_first_cut() -> None:
     method = g6(warmup_steps=1)
     values = method.metrics(step_of(method, [A, B]), {})

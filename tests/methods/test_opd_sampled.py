@@ -12,8 +12,10 @@ from torch import Tensor
 
 from opd_lab import divergence as d
 from opd_lab.chunk import Chunk
-from opd_lab.methods.opd_sampled import OPDSampled
+from opd_lab.methods.opd_sampled import OPDSampled, variance
+from opd_lab.methods.sampled import Sampled
 from opd_lab.types import LOGP_STUDENT, LOGP_TEACHER, Batch, Behavior, Facts, Rollouts, Source, Tokens
+from tests.methods.by_hand import tokens_of
 from tests.pair import LOGP, LOGQ, P, near, with_gradient
 
 MU = torch.tensor([0.3, 0.3, 0.2, 0.1, 0.1], dtype=torch.float64)  # another sampler
@@ -127,12 +129,41 @@ def test_metrics_of_the_advantage() -> None:
     """Advantages 0, 1, 2 and 5: mean 2, variance (4 + 1 + 0 + 9) / 4; the 1 % quantile lies .03 of the way to 1."""
     batch = step([[-1.0, -2, math.nan], [-3, -5, math.nan]], [[-1.0, -1, 0], [-1, 0, math.nan]])
     metrics = OPDSampled().metrics(batch, OPDSampled().weights(batch))
+    assert math.isnan(metrics.pop("sampled/gradient_variance")), "nothing was tallied"
     assert metrics == pytest.approx({
         "sampled/advantage_mean_nats": 2.0,
         "sampled/advantage_std_nats": math.sqrt(14 / 4),
         "sampled/advantage_p01_nats": 0.03,
         "sampled/advantage_p99_nats": 2 + 3 * 0.97,
     })  # fmt: skip
+
+
+IN_PROPORTION = [0] * 10 + [1] * 4 + [2] * 3 + [3] * 2 + [4]  # twenty draws from p exactly
+BASELINE = Sampled(baseline="exact_kl")
+
+
+@pytest.mark.parametrize(
+    ("method", "trace"),
+    [(OPDSampled(), 0.432378), (OPDSampled(estimator="k3", form="direct"), 1.583375), (BASELINE, 0.582760)],
+)
+def test_the_variance_of_the_gradient(method: OPDSampled, trace: float) -> None:
+    """The trace of the covariance of a draw's gradient in the logits."""
+    tokens = tokens_of(method, LOGP[None], LOGQ[None], IN_PROPORTION)
+    assert variance(method.tally(tokens)) == pytest.approx(trace, abs=1e-6)
+    halves = [
+        method.tally(tokens_of(method, LOGP[None], LOGQ[None], part)) for part in (IN_PROPORTION[:7], IN_PROPORTION[7:])
+    ]
+    assert variance({k: halves[0][k] + halves[1][k] for k in halves[0]}) == pytest.approx(trace, abs=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_slope_is_the_derivative_of_the_loss(estimator: str) -> None:
+    method = OPDSampled(estimator=estimator, form=ESTIMATORS[estimator], importance="token")
+    logp_N = LOGP.clone().requires_grad_()
+    none_N, mu_N = torch.arange(5), MU.log()
+    tokens = Tokens(none_N, none_N, none_N, none_N, mu_N, {LOGP_STUDENT: logp_N, LOGP_TEACHER: LOGQ})
+    (slope_N,) = torch.autograd.grad(method.losses(tokens)["opd"].sum(), logp_N)
+    torch.testing.assert_close(method.slope(tokens).detach(), slope_N)
 
 
 def test_no_metrics_where_the_teacher_was_not_recorded() -> None:

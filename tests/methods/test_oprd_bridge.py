@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -219,6 +220,34 @@ def test_the_ruler_is_frozen_unless_asked_to_move() -> None:
     torch.testing.assert_close(after["student_LRD"], bridge.regress(m, bridge.Maps(**before)).float())
     assert not torch.allclose(before["student_LRD"], after["student_LRD"])
     assert moving.method.update(seen.state, replace(seen, step=2)) is seen.state
+
+
+def test_a_refit_is_measured_on_the_rollouts_of_the_next_step() -> None:
+    """G4 at rank 1, uncentred: a refit gives P_S (1.4073867, -.0883916), whose row 3 alone points the wrong way, so its
+    mean cosine is .6. A frozen map (1, 0) agrees in sign on all rows but 3, on which its side is 0: (4 + 0) / 5."""
+    method = OprdBridge(layers=((1, 1),), rank=1, refit_cosine_every=2)
+    maps = fitted(1)
+    frozen = maps._replace(student_LRD=torch.tensor([[[1.0, 0.0]]], dtype=torch.float64))._asdict()
+    none_N = torch.zeros(len(S), dtype=torch.long)
+
+    def step(at: int, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What is reported of a step, and the state after it."""
+        known = {method.states("student"): S.reshape(-1, 1, 2), method.states("teacher"): T.reshape(-1, 1, 3)}
+        on = {"supervised": torch.ones(len(S), dtype=torch.bool)}
+        tokens = Tokens(none_N, none_N, none_N, none_N, none_N, known, consulted=on, step=at, state=state)
+        batch: Any = SimpleNamespace(tallies=method.tally(tokens), step=at)
+        return dict(method.metrics(batch, {})), method.update(state, batch)
+
+    first, state = step(0, {"bridge": frozen})
+    assert "refit" not in state and "oprd/bridge_refit_cosine_fraction" not in first
+    second, state = step(1, state)  # the second step: a map is fitted anew
+    assert "oprd/bridge_refit_cosine_fraction" not in second
+    torch.testing.assert_close(state["refit"]["student_LRD"][0, 0], numbers(1.4073867, -0.0883916).float())
+    assert state["bridge"] is frozen
+    third, state = step(2, state)
+    assert third["oprd/bridge_refit_cosine_fraction"] == pytest.approx(0.6, abs=1e-6)
+    assert third["oprd/subspace_cosine_mean_fraction"] == pytest.approx(first["oprd/subspace_cosine_mean_fraction"])
+    assert "refit" not in state
 
 
 def test_a_bad_fit_is_said() -> None:
