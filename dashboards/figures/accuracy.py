@@ -129,6 +129,8 @@ def gains(selected: Selected, baseline: str | None = None) -> go.Figure:
     )
     figure.add_vline(x=0, line={"color": GREY, "dash": "dot"})
     figure.update_xaxes(title_text=f"accuracy over {found.baseline}, percentage points, 95 % interval")
+    one_seed = bool((rows["speaks_of"] == "problems").any())
+    warning = " Where a method has one seed, of these very runs: another seed may undo it." if one_seed else ""
     said = "; ".join(
         f"{r.method} {100 * r.gain:+.1f} [{100 * r.gain_low:+.1f}, {100 * r.gain_high:+.1f}]"
         f"{'' if r.separated else ', not separated'}"
@@ -138,6 +140,6 @@ def gains(selected: Selected, baseline: str | None = None) -> go.Figure:
         figure,
         question,
         alt=f"Accuracy over {found.baseline} after training, percentage points: {said}.",
-        note=f"Paired by problem. Filled: p <= 0.05 after Holm over {found.comparisons} comparisons.",
+        note=f"Paired by problem. Filled: p <= 0.05 after Holm over {found.comparisons} comparisons.{warning}",
         height=110 + LINE * max(len(rows), 2),
     )
