@@ -219,7 +219,7 @@ def _logp_student(c: Chunk, temperature: float = 1.0) -> Tensor:
 
 
 def _overlap(c: Chunk, k: int) -> Tensor:
-    shared_NK = d.shared(c.likeliest("teacher", k), c.likeliest("student", k))
+    shared_NK = d.shared(c.likeliest("teacher", k), c.likeliest("student", k), c.logp_NV.shape[-1])
     return shared_NK.double().mean(-1).to(c.logp_NV.dtype)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -63,11 +64,14 @@ GROUP = 128  # tokens of the vocabulary looked at together
 
 
 def likeliest(logp_NV: Tensor, k: int) -> Tensor:
-    """Ids [N, K] of the k likeliest tokens, in order. They lie in the k groups of tokens whose best are the best of
+    """Ids [N, K] of the k likeliest tokens, in any order. They lie in the k groups of tokens whose best are the best of
     all: so a large vocabulary is passed over once, and only those groups are searched."""
     logp_NV, V = logp_NV.detach(), logp_NV.shape[-1]
+    k = min(k, V)
     if V % GROUP or k * GROUP * 2 > V:  # too small to gain from it, or not made of whole groups
-        return logp_NV.topk(min(k, V)).indices
+        if logp_NV.device.type == "cpu":  # several times as fast as torch's own
+            return torch.from_numpy(numpy.argpartition(logp_NV.numpy(), V - k)[:, V - k :])
+        return logp_NV.topk(k).indices
     in_groups_NGX = logp_NV.unflatten(-1, (-1, GROUP))
     group_NK = in_groups_NGX.amax(-1).topk(k).indices
     candidate_NC = in_groups_NGX.gather(1, group_NK[..., None].expand(-1, -1, GROUP)).flatten(1)
@@ -75,9 +79,10 @@ def likeliest(logp_NV: Tensor, k: int) -> Tensor:
     return group_NK.gather(1, place_NK // GROUP) * GROUP + place_NK % GROUP
 
 
-def shared(one_NK: Tensor, other_NK: Tensor) -> Tensor:
+def shared(one_NK: Tensor, other_NK: Tensor, vocabulary: int) -> Tensor:
     """Which ids of the first are among those of the second."""
-    return (one_NK[:, :, None] == other_NK[:, None, :]).any(-1)
+    there_NV = torch.zeros(len(one_NK), vocabulary, dtype=torch.bool, device=one_NK.device)
+    return there_NV.scatter_(1, other_NK, True).gather(1, one_NK)
 
 
 def support_of(logp_NV: Tensor, logq_NV: Tensor, k: int, support: str) -> tuple[Tensor, Tensor]:
@@ -86,7 +91,7 @@ def support_of(logp_NV: Tensor, logq_NV: Tensor, k: int, support: str) -> tuple[
         ids_NK = likeliest(logp_NV if support == "student" else logq_NV, k)
         return ids_NK, torch.ones_like(ids_NK, dtype=torch.bool)
     student_NK, teacher_NK = likeliest(logp_NV, k), likeliest(logq_NV, k)
-    shared_NK = shared(teacher_NK, student_NK)
+    shared_NK = shared(teacher_NK, student_NK, logp_NV.shape[-1])
     if support == "intersection":
         return teacher_NK, shared_NK
     # union: the student's, then those of the teacher's that are new

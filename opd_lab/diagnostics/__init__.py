@@ -14,7 +14,7 @@ from torch import Tensor
 from opd_lab.diagnostics.high_loss import Decode, HighLoss
 from opd_lab.diagnostics.histograms import count
 from opd_lab.diagnostics.positions import absolute_profile, profile
-from opd_lab.diagnostics.records import records
+from opd_lab.diagnostics.records import records, repeats, repetition
 from opd_lab.diagnostics.samples import sample
 from opd_lab.diagnostics.summary import RECORD, gap_BT, ratio_BT, scalars, total_weight_BT
 from opd_lab.settings import DiagnosticsSettings
@@ -45,7 +45,9 @@ def observe(
     report = Report(batch.step, scalars(batch, weights, settings.high_loss_quantile))
     own = {name: float(value) for name, value in metrics.items() if not _is_histogram(value)}
     report.scalars |= {name: value for name, value in own.items() if not math.isnan(value)}
-    report.tables["rollout_records"] = records(batch, settings.rollout_records)
+    counted = repeats(batch.rollouts)
+    report.scalars |= repetition(counted)
+    report.tables["rollout_records"] = records(batch, counted, settings.rollout_records)
     if not due(batch.step, settings.every):
         return report
     mask_BT = batch.rollouts.mask_BT

@@ -56,14 +56,17 @@ class HighLoss:
         keep_BT = batch.rollouts.mask_BT.cpu() & kl_BT.isfinite()
         ids_N = batch.rollouts.response_BT.cpu()[keep_BT].long()
         kl_N = kl_BT[keep_BT]
+        nan_BT = torch.full_like(batch[REVERSE_KL], torch.nan)
+        others_SBT = torch.stack([batch.signals.get(signal, nan_BT).detach().double() for signal in _OTHERS]).cpu()
+        logp_N, logq_N, entropy_student_N, entropy_teacher_N = others_SBT[:, keep_BT]
         seen = {
             "count": torch.ones_like(kl_N),
             "kl": kl_N,
             "kl_square": kl_N.square(),
-            "p_student": _at(batch, LOGP_STUDENT, keep_BT).exp(),
-            "p_teacher": _at(batch, LOGP_TEACHER, keep_BT).exp(),
-            "entropy_student": _at(batch, ENTROPY_STUDENT, keep_BT),
-            "entropy_teacher": _at(batch, ENTROPY_TEACHER, keep_BT),
+            "p_student": logp_N.exp(),
+            "p_teacher": logq_N.exp(),
+            "entropy_student": entropy_student_N,
+            "entropy_teacher": entropy_teacher_N,
             "position": relative_BT(batch.rollouts.mask_BT.cpu())[keep_BT],
         }
         for name, value_N in seen.items():
@@ -168,11 +171,6 @@ class HighLoss:
         self._quadrants.load_state_dict(state["quadrants"])
 
 
+_OTHERS = (LOGP_STUDENT, LOGP_TEACHER, ENTROPY_STUDENT, ENTROPY_TEACHER)
 _SUMMED = ("count", "kl", "kl_square", "p_student", "p_teacher", "entropy_student", "entropy_teacher", "position")
 _STATE = ("kl_max_V", "example_VC", "window_count_V", "window_kl_V", "high_V", "steps", "windows")
-
-
-def _at(batch: Batch, signal: Any, keep_BT: Tensor) -> Tensor:
-    if signal not in batch.signals:
-        return torch.full((int(keep_BT.sum()),), torch.nan, dtype=torch.float64)
-    return batch[signal].detach().double().cpu()[keep_BT]

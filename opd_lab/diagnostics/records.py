@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,15 +12,39 @@ from opd_lab.methods.base import rollout_mean
 from opd_lab.types import REVERSE_KL, Batch, Rollouts, Source
 
 
-def records(batch: Batch, rows: int) -> list[dict[str, Any]]:
+class Repeats(NamedTuple):
+    """4-grams of each rollout: those that it has seen before, and all."""
+
+    repeated_B: Tensor
+    grams_B: Tensor
+
+
+def repeats(rollouts: Rollouts) -> Repeats:
+    mask_BT, ids_BT = rollouts.mask_BT, rollouts.response_BT.long()
+    whole_BG = mask_BT[:, 3:] & mask_BT[:, 2:-1] & mask_BT[:, 1:-2] & mask_BT[:, :-3]
+    if not whole_BG.numel():
+        return Repeats(whole_BG.sum(1), whole_BG.sum(1))
+    pair_BT = ids_BT[:, :-1] * (int(ids_BT.max()) + 1) + ids_BT[:, 1:]
+    pairs_M, number_BT = pair_BT.unique(return_inverse=True)  # small numbers, so that two of them fit into one
+    four_BG = number_BT[:, :-2] * len(pairs_M) + number_BT[:, 2:]
+    none_G = -1 - torch.arange(whole_BG.shape[1], device=ids_BT.device)  # equal to nothing
+    four_BG = torch.where(whole_BG, four_BG, none_G).sort(1).values
+    return Repeats((four_BG[:, 1:] == four_BG[:, :-1]).sum(1), whole_BG.sum(1))
+
+
+def repetition(counted: Repeats) -> dict[str, float]:
+    """The share of all 4-grams that their rollout has seen before; absent where there is none."""
+    grams = int(counted.grams_B.sum())
+    return {"rollout/repetition_fraction": int(counted.repeated_B.sum()) / grams} if grams else {}
+
+
+def records(batch: Batch, counted: Repeats, rows: int) -> list[dict[str, Any]]:
     """The `rows` rollouts with the smallest numbers. What does not exist (no grader, no teacher distribution, fewer
     than four tokens) is NaN. `source`: who wrote the generated tokens, as `student` or `student+teacher`."""
     rollouts = batch.rollouts
-    mask_BT = rollouts.mask_BT
-    nan_B = torch.full((len(rollouts),), torch.nan)
-    kl_B = nan_B
+    kl_B = torch.full((len(rollouts),), torch.nan)
     if REVERSE_KL in batch.signals:
-        kl_B = rollout_mean(batch[REVERSE_KL], mask_BT & ~batch[REVERSE_KL].isnan())
+        kl_B = rollout_mean(batch[REVERSE_KL], rollouts.mask_BT & ~batch[REVERSE_KL].isnan())
     columns = {
         "uid": rollouts.uid_B.tolist(),
         "group": rollouts.group_B.tolist(),
@@ -27,7 +52,7 @@ def records(batch: Batch, rows: int) -> list[dict[str, Any]]:
         "reward": rollouts.reward_B.tolist(),
         "kl_mean_nats": kl_B.tolist(),
         "truncated": (~rollouts.stopped_B).tolist(),
-        "repetition_fraction": repetition_B(rollouts.response_BT, mask_BT).tolist(),
+        "repetition_fraction": (counted.repeated_B.double() / counted.grams_B).tolist(),  # 0 / 0 = NaN
         "source": _sources(rollouts),
     }
     order = rollouts.uid_B.argsort()[:rows].tolist()
@@ -37,24 +62,5 @@ def records(batch: Batch, rows: int) -> list[dict[str, Any]]:
 def _sources(rollouts: Rollouts) -> list[str]:
     writers = [source for source in Source if source > Source.GIVEN]
     wrote_WB = torch.stack([(rollouts.source_BT == writer).any(1) for writer in writers])
-    return ["+".join(w.name.lower() for w, on in zip(writers, on_W) if on) for on_W in wrote_WB.T.tolist()]
-
-
-def repetition_B(ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """The share of a rollout's 4-grams that it holds already; float64, NaN where it has none."""
-    repeated_B, grams_B = repeats(ids_BT, mask_BT)
-    return repeated_B.double() / grams_B.double().masked_fill(grams_B == 0, torch.nan)
-
-
-def repeats(ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each rollout, how many 4-grams it has seen before, and how many it has."""
-    whole_BG = mask_BT[:, 3:] & mask_BT[:, 2:-1] & mask_BT[:, 1:-2] & mask_BT[:, :-3]
-    if not whole_BG.numel():
-        return whole_BG.sum(1), whole_BG.sum(1)
-    ids_BT = ids_BT.long()
-    pair_BT = ids_BT[:, :-1] * (int(ids_BT.max()) + 1) + ids_BT[:, 1:]
-    pairs_M, number_BT = pair_BT.unique(return_inverse=True)  # small numbers, so that two of them fit into one
-    four_BG = number_BT[:, :-2] * len(pairs_M) + number_BT[:, 2:]
-    none_G = -1 - torch.arange(whole_BG.shape[1], device=ids_BT.device)  # equal to nothing
-    four_BG = torch.where(whole_BG, four_BG, none_G).sort(1).values
-    return (four_BG[:, 1:] == four_BG[:, :-1]).sum(1), whole_BG.sum(1)
+    names = {on: "+".join(w.name.lower() for w, yes in zip(writers, on) if yes) for on in product((0, 1), repeat=3)}
+    return [names[on] for on in zip(*wrote_WB.int().tolist(), strict=True)]

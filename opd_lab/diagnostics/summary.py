@@ -13,7 +13,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from opd_lab.diagnostics.records import repeats
 from opd_lab.diagnostics.support import support
 from opd_lab.types import (
     ENTROPY_STUDENT,
@@ -59,20 +58,26 @@ def present(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 def quantile(value_N: Tensor, q: float) -> float:
     """The smallest value that at least a share q of the values does not exceed (nearest rank)."""
-    return float(value_N.sort().values[max(math.ceil(q * len(value_N)), 1) - 1])
+    return _quantile(value_N.sort().values, q)
+
+
+def _quantile(sorted_N: Tensor, q: float) -> float:
+    return float(sorted_N[max(math.ceil(q * len(sorted_N)), 1) - 1])
 
 
 def scalars(batch: Batch, weights: Mapping[str, Tensor], high_loss_quantile: float) -> dict[str, float]:
     """Every scalar of the step that exists."""
     mask_BT = batch.rollouts.mask_BT
     out = _rollouts(batch.rollouts) | _weights(weights, mask_BT)
-    for name, signal in _MEANS.items():
-        if signal in batch.signals and len(value_N := present(batch[signal], mask_BT)):
-            out[name] = float(value_N.mean())
-    if REVERSE_KL in batch.signals and len(kl_N := present(batch[REVERSE_KL], mask_BT)):
-        out |= {f"kl/reverse_p{round(100 * q)}_nats": quantile(kl_N, q) for q in (0.5, 0.9, 0.99)}
+    names = [name for name, signal in _MEANS.items() if signal in batch.signals]
+    if names:
+        value_SN = torch.stack([batch[_MEANS[name]].double() for name in names]).cpu()[:, mask_BT.cpu()]
+        means = zip(names, value_SN.nanmean(1).tolist())
+        out |= {name: mean for name, mean in means if not math.isnan(mean)}
+    if REVERSE_KL in batch.signals and len(kl_N := present(batch[REVERSE_KL], mask_BT).sort().values):
+        out |= {f"kl/reverse_p{round(100 * q)}_nats": _quantile(kl_N, q) for q in (0.5, 0.9, 0.99)}
         if (total := float(kl_N.sum())) > 0:
-            high_N = kl_N > quantile(kl_N, high_loss_quantile)
+            high_N = kl_N > _quantile(kl_N, high_loss_quantile)
             out["high_loss/kl_share_fraction"] = float(kl_N[high_N].sum()) / total
     gap_N = present(gap_BT(batch), mask_BT)
     out |= support(gap_BT(batch), batch.rollouts)
@@ -139,9 +144,6 @@ def _rollouts(rollouts: Rollouts) -> dict[str, float]:
     reward_N = rollouts.reward_B[~rollouts.reward_B.isnan()]
     if len(reward_N):
         out["rollout/reward_mean_fraction"] = float(reward_N.double().mean())
-    repeated_B, grams_B = repeats(rollouts.response_BT, rollouts.mask_BT)
-    if bool(grams_B.any()):
-        out["rollout/repetition_fraction"] = int(repeated_B.sum()) / int(grams_B.sum())
     return out
 
 

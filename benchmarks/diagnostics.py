@@ -1,0 +1,216 @@
+"""What the diagnostics and the tracking cost, side by side in one process.
+
+    python benchmarks/diagnostics.py [lab | large | tracking | memory ...]
+
+lab       steps of plain OPD on the embedded lab, with all diagnostics and with none, in turn; both train alike, so each
+          pair of steps has the same tokens
+large     the signals pass and the observation of 2,048 tokens at a vocabulary of 151,936 and a width of 1,024, random
+          weights, recording everything against recording nothing, in turn
+tracking  lab runs with run folder and MLflow and without any tracker, in turn; what the end of a run costs is apart
+memory    bytes of all that the diagnostics remember, over 10,000 made-up steps
+
+Without a word all four. Printed are medians and ratios.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from torch import Tensor
+
+from opd_lab import checkpoint, config
+from opd_lab.chunk import Head, States
+from opd_lab.diagnostics import RECORD
+from opd_lab.diagnostics.watch import Watch
+from opd_lab.run import identity, load_parts
+from opd_lab.settings import RunSettings
+from opd_lab.signals import objective
+from opd_lab.tracking.mlflow import MLflow
+from opd_lab.tracking.run_folder import RunFolder
+from opd_lab.tracking.tracker import FanOut, Tracker
+from opd_lab.train import Trainer
+from opd_lab.types import REVERSE_KL, Batch, Report, Rollouts, Source, Tokens, scatter
+
+VOCABULARY, WIDTH, TOKENS, CHUNK = 151_936, 1_024, 2_048, 512
+LAB_STEPS, LARGE_ROUNDS, TRACKED_STEPS, TRACKED_ROUNDS = 60, 3, 30, 3
+
+
+class Unwatched(Watch):
+    """None of it."""
+
+    def observe(self, batch: Batch, weights: Any, losses: Any, metrics: Any) -> Report:
+        return Report(batch.step)
+
+
+def lab_settings(folder: Path) -> RunSettings:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        return config.settings_of(compose("config", ["steps=1000", f"tracking.folder={folder}"]))
+
+
+def trainer(folder: Path, tracker: Tracker) -> Trainer:
+    settings = lab_settings(folder)
+    return Trainer(settings, load_parts(settings, lambda note: None), tracker, folder, say=lambda line: None)
+
+
+def bare(folder: Path) -> Trainer:
+    """A trainer that records nothing and looks at nothing."""
+    made = trainer(folder, FanOut([]))
+    made.record = frozenset()
+    made.watch = Unwatched(made.settings, [], made.parts.student.vocabulary, str)
+    return made
+
+
+def timed(work: Any) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def show(name: str, with_s: list[float], without_s: list[float]) -> None:
+    """Medians, and the ratio of the sums: steps that draw tables weigh as often as they come."""
+    middle = [1000 * statistics.median(seconds) for seconds in (with_s, without_s)]
+    ratio = sum(with_s) / sum(without_s)
+    paired = statistics.median(a / b for a, b in zip(with_s, without_s))
+    print(
+        f"{name}: {middle[0]:.1f} ms with, {middle[1]:.1f} ms without; ratio {paired:.3f} (median of pairs), "
+        f"{ratio:.3f} (all together)",
+        flush=True,
+    )
+
+
+def lab(folder: Path) -> None:
+    watched, plain = trainer(folder, FanOut([])), bare(folder)
+    pairs = [(timed(watched.advance), timed(plain.advance)) for _ in range(LAB_STEPS)][5:]  # the first ones warm up
+    show("lab, one step", *([pair[i] for pair in pairs] for i in range(2)))
+
+
+def large(folder: Path) -> None:
+    """Forward and backward of plain OPD on given hidden states, then what the trainer makes of the record."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    rollouts = made_up(16, TOKENS // 16, VOCABULARY, generator)
+    mask_BT = rollouts.mask_BT
+    hidden_NH, weight_VH = normal(TOKENS, WIDTH), normal(VOCABULARY, WIDTH, scale=0.05)
+    teacher = States(hidden_NH + normal(TOKENS, WIDTH, scale=0.3), Head(weight_VH))
+    head = Head(weight_VH.clone().requires_grad_())
+    tokens = Tokens(
+        ids_N=rollouts.response_BT[mask_BT],
+        row_N=torch.arange(len(rollouts)).repeat_interleave(TOKENS // 16),
+        position_N=torch.arange(TOKENS // 16).repeat(16),
+        source_N=rollouts.source_BT[mask_BT],
+        behavior_logp_N=rollouts.behavior_logp_BT[mask_BT],
+        signals={},
+    )
+    watch = Watch(lab_settings(folder), [], VOCABULARY, lambda ids: " ".join(map(str, ids)))
+    step = 0
+
+    def one(watched: bool) -> None:
+        nonlocal step
+        value, seen = objective(
+            lambda tokens: {"opd": tokens[REVERSE_KL]},
+            tokens,
+            frozenset({REVERSE_KL}),
+            {"opd": torch.ones(TOKENS)},
+            {"opd": TOKENS},
+            States(hidden_NH.clone().requires_grad_(), head),
+            teacher,
+            chunk=CHUNK,
+            record=RECORD if watched else frozenset(),
+        )
+        value.backward()
+        head.weight_VH.grad = None
+        if watched:
+            step += 1
+            signals = {signal: scatter(value_N, mask_BT) for signal, value_N in seen.signals.items()}
+            losses = {term: scatter(loss_N, mask_BT) for term, loss_N in seen.losses.items()}
+            watch.observe(Batch(rollouts, signals, step=step), {"opd": mask_BT.float()}, losses, {})
+
+    one(True)
+    one(False)
+    pairs = [(timed(lambda: one(True)), timed(lambda: one(False))) for _ in range(LARGE_ROUNDS)]
+    show(
+        f"large ({TOKENS:,} tokens, vocabulary {VOCABULARY:,}, width {WIDTH:,}, {torch.get_num_threads()} threads)",
+        *([pair[i] for pair in pairs] for i in range(2)),
+    )
+
+
+def tracking(folder: Path) -> None:
+    """Per step: what the loop waits for. The store's own thread works beside it, on the same cores."""
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    ends: list[float] = []
+    for turn in range(2 * TRACKED_ROUNDS):
+        tracked, place = turn % 2 == 0, folder / f"run{turn}"
+        trackers: list[Tracker] = [RunFolder(), MLflow(None, folder)] if tracked else []
+        made = trainer(folder, FanOut(trackers))
+        if tracked:
+            made.tracker.start(identity(made.settings, made.parts, "opd", place, "", step=0))
+
+        def steps(made: Trainer = made) -> None:
+            for _ in range(TRACKED_STEPS):
+                made.deliver(made.advance())
+
+        seconds[tracked].append(timed(steps) / TRACKED_STEPS)
+        if tracked:
+            ends.append(timed(lambda made=made: made.tracker.finish("FINISHED")))
+    show("tracking, one step of the lab", seconds[True], seconds[False])
+    print(f"tracking, end of a run of {TRACKED_STEPS} steps: {statistics.median(ends):.2f} s more", flush=True)
+
+
+def memory(folder: Path) -> None:
+    """The state grows to its bounds in the first windows, and stays there."""
+    generator = torch.Generator().manual_seed(0)
+    watch, vocabulary = Watch(lab_settings(folder), [], 121, lambda ids: " ".join(map(str, ids))), 121
+    for step in range(1, 10_001):
+        rollouts = made_up(4, 8, vocabulary, generator)
+        mask_BT = rollouts.mask_BT
+        signals = {signal: torch.rand(mask_BT.shape, generator=generator) for signal in RECORD}
+        report = watch.observe(Batch(rollouts, signals, step=step), {"opd": mask_BT.float()}, {}, {})
+        watch.alarms.check(report)
+        if step in (10, 100, 1_000, 10_000):
+            print(f"memory after {step:,} steps: {size(watch.state_dict()):,} bytes of state", flush=True)
+
+
+def size(state: Mapping[str, Any]) -> int:
+    """Bytes of the tensors and of everything else as a checkpoint writes it."""
+    tensors: dict[str, Tensor] = {}
+    tree = checkpoint.pack(state, "state", tensors)
+    return len(str(tree)) + sum(value.nbytes for value in tensors.values())
+
+
+def made_up(rows: int, columns: int, vocabulary: int, generator: torch.Generator) -> Rollouts:
+    ids_BL = torch.randint(0, vocabulary, (rows, 4 + columns), generator=generator)
+    value_BT, number_B = torch.full((rows, columns), -1.0), torch.arange(rows)
+    return Rollouts(
+        ids_BL=ids_BL,
+        attention_BL=torch.ones_like(ids_BL, dtype=torch.bool),
+        source_BT=torch.full((rows, columns), int(Source.STUDENT), dtype=torch.int8),
+        behavior_logp_BT=value_BT,
+        logp_BT=value_BT,
+        entropy_BT=-value_BT,
+        stopped_B=torch.ones(rows, dtype=torch.bool),
+        uid_B=number_B,
+        group_B=number_B // 2,
+        reward_B=(number_B % 2).float(),
+    )
+
+
+PARTS = {"lab": lab, "large": large, "tracking": tracking, "memory": memory}
+
+if __name__ == "__main__":
+    config.register()
+    with tempfile.TemporaryDirectory() as scratch:
+        for word in sys.argv[1:] or PARTS:
+            PARTS[word](Path(scratch))
