@@ -156,6 +156,7 @@ def check(s: RunSettings) -> None:
         ("diagnostics.every", s.diagnostics.every, 0),
         ("diagnostics.quadrant_windows", s.diagnostics.quadrant_windows, 1),
         ("diagnostics.rollout_records", s.diagnostics.rollout_records, 0),
+        ("diagnostics.gradient_every", s.diagnostics.gradient_every, 0),
         ("diagnostics.probe_rollouts", s.diagnostics.probe_rollouts, 0),
         ("diagnostics.probe_shown", s.diagnostics.probe_shown, 0),
         ("diagnostics.estimator_rollouts", s.diagnostics.estimator_rollouts, 0),

@@ -93,10 +93,40 @@ def learn(
     return Learned(first, weights, norm, skipped, clipped / optim.updates_per_rollout, later)
 
 
+def gradient_norms(
+    method: Method,
+    batch: Batch,
+    views: list[View],
+    student: StatesOf,
+    optimizer: torch.optim.Optimizer,
+    optim: OptimSettings,
+) -> dict[str, float]:
+    """The gradient norm of each term of the objective alone, before clipping: one forward and backward per term, after
+    which no gradient is left."""
+    weights, norms = method.weights(batch), {}
+    for term in weights:
+        optimizer.zero_grad(set_to_none=True)
+        alone = {name: weight_BT * (name == term) for name, weight_BT in weights.items()}
+        accumulate_gradient(
+            method, batch, alone, student, views, micro_batch=optim.micro_batch, chunk=optim.chunk_tokens
+        )
+        norms[term] = _norm(_trained(optimizer))
+    optimizer.zero_grad(set_to_none=True)
+    return norms
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _norm(parameters: list[torch.nn.Parameter]) -> float:
+    return float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+
+
 def _apply(optimizer: torch.optim.Optimizer, gradient: Gradient, batch: Batch, clip_norm: float | None) -> float:
     """One optimizer step, or none where the gradient is 0; returns the gradient's norm before clipping."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    parameters = _trained(optimizer)
+    norm = _norm(parameters)
     if not (math.isfinite(norm) and math.isfinite(gradient.objective)):
         raise DivergedError(_where(gradient, batch, norm))
     if norm == 0.0:

@@ -129,6 +129,7 @@ class DiagnosticsSettings:
     probe_shown: int  # of these kept with per-token arrays, each time
     estimator_rollouts: int  # rollouts on which estimators are held against the exact KL, at every evaluation
     estimator_topk: int  # tokens of the student's support in the top-k estimators
+    gradient_every: int  # steps between the gradient norms of each term alone
     on_alarm: str  # warn | stop
     alarms: AlarmSettings
 

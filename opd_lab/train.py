@@ -24,7 +24,7 @@ from opd_lab.diagnostics.summary import spent
 from opd_lab.diagnostics.watch import Watch
 from opd_lab.evaluate import Evaluation, evaluate
 from opd_lab.methods.base import Prepared
-from opd_lab.optimize import DivergedError, adamw, learn, learning_rate
+from opd_lab.optimize import DivergedError, adamw, gradient_norms, learn, learning_rate
 from opd_lab.parts import Parts, plain_behavior
 from opd_lab.rollout.torch_engine import TorchEngine
 from opd_lab.settings import RunSettings
@@ -154,6 +154,10 @@ class Trainer:
         self.clock = {}
         begin = time.perf_counter()
         batch, views = self.collect()
+        norms: dict[str, float] = {}
+        if _due(self.step + 1, s.diagnostics.gradient_every):
+            with self.timed("gradient_norms"):
+                norms = gradient_norms(p.method, batch, views, p.models.student, self.optimizer, s.optim)
         with self.timed("update"):
             learned = learn(
                 p.method,
@@ -191,6 +195,9 @@ class Trainer:
             "time/step_seconds": seconds,
             "time/tokens_per_second": tokens / seconds,
         }
+        report.scalars |= {f"gradient/{term}_norm": norm for term, norm in norms.items()}
+        named = p.method.gradient_norms
+        report.scalars |= {named[term]: norm for term, norm in norms.items() if term in named}
         report.scalars |= {f"time/{name}_seconds": value for name, value in self.clock.items()}
         report.scalars |= {f"cost/{name}": float(self.totals[name]) for name in cost}
         return report

@@ -8,8 +8,13 @@ import torch
 from lab_run import run, settings
 
 from opd_lab import optimize
-from opd_lab.optimize import DivergedError, learning_rate
+from opd_lab.chunk import Head, States
+from opd_lab.methods.base import Method
+from opd_lab.optimize import DivergedError, gradient_norms, learning_rate
+from opd_lab.step import View
 from opd_lab.tracking import read
+from opd_lab.types import LOGP_STUDENT, Batch, Needs
+from tests.diagnostics.batches import rollouts_of
 
 
 def rates(tmp_path, schedule: str, warmup: int, steps: int = 10) -> list[float]:
@@ -62,3 +67,57 @@ def test_a_gradient_that_is_no_number_stops_the_run_and_names_the_rollout(tmp_pa
     (folder,) = (tmp_path / "opd_lab").glob("opd-s0-????????")
     assert read.status(folder)["status"] == "FAILED"
     assert int(read.metrics(folder)["step"].max()) == 1, "what was done stays"
+
+
+class Two(Method):
+    """Pull token 0 up, push token 1 down."""
+
+    paper = ""
+
+    def needs(self):
+        return Needs(tokens=frozenset({LOGP_STUDENT}))
+
+    def weights(self, batch):
+        ids_BT = batch.rollouts.response_BT
+        return {"up": (batch.rollouts.mask_BT & (ids_BT == 0)).float(), "down": 3.0 * (ids_BT == 1)}
+
+    def losses(self, tokens):
+        return {"up": -tokens[LOGP_STUDENT], "down": tokens[LOGP_STUDENT]}
+
+
+def test_the_gradient_norm_of_each_term_by_hand(tmp_path):
+    """p(0) = s(theta) = 3/4. The slope of -log s is -(1 - s), of log(1 - s) it is -s; twice and once, over as many."""
+    theta = torch.nn.Parameter(torch.tensor(3.0).log())
+    head = Head(torch.tensor([[1.0], [0.0]]))
+
+    def student(rollouts, signals):
+        return States(theta.expand(int(rollouts.mask_BT.sum()), 1), head)
+
+    batch = Batch(rollouts_of([[1], [1]], [[0, 1], [0]]), {})
+    sgd = torch.optim.SGD([theta], lr=1.0)
+    for micro_batch in (1, 2):
+        optim = replace(settings(tmp_path).optim, micro_batch=micro_batch)
+        norms = gradient_norms(Two(), batch, [View(None, None)] * (3 - micro_batch), student, sgd, optim)
+        assert norms == pytest.approx({"up": 0.25, "down": 3 * 0.75})
+    assert theta.grad is None
+
+
+def test_the_only_term_has_the_norm_of_the_step_and_looking_changes_nothing(tmp_path):
+    seen, plain = (
+        read.metrics(run(tmp_path / name, f"diagnostics.gradient_every={every}").folder)
+        for name, every in (("a", 2), ("b", 0))
+    )
+    alone = seen[seen["name"] == "gradient/opd_norm"].set_index("step")["value"]
+    step = seen[seen["name"] == "optim/gradient_norm"].set_index("step")["value"]
+    assert list(alone.index) == [2, 4]
+    assert alone.tolist() == pytest.approx(step[[2, 4]].tolist(), rel=1e-6)
+    assert not plain["name"].str.startswith("gradient/").any()
+    left = plain[plain["name"] == "optim/gradient_norm"].set_index("step")["value"]
+    assert step.tolist() == left.tolist()
+
+
+def test_terms_are_also_logged_under_the_names_of_their_paper(tmp_path):
+    folder = run(tmp_path, "method=scope", "steps=1", "diagnostics.gradient_every=1", name="scope").folder
+    logged = {row["name"]: row["value"] for row in read.metrics(folder).to_dict("records")}
+    for term in ("correct", "wrong"):
+        assert logged[f"scope/{term}_gradient_norm"] == logged[f"gradient/{term}_norm"] > 0

@@ -120,6 +120,8 @@ class Method:
     on_few_tokens: ClassVar[Mapping[str, Any]] = {}
     # Teacher := student must give loss 0 and gradient 0; else the reason why it does not.
     not_zero_at_teacher: ClassVar[str | None] = None
+    # Term -> the further name under which the norm of its gradient is logged, where the paper's page has one.
+    gradient_norms: ClassVar[Mapping[str, str]] = {}
     # With `towards_teacher` a small step lowers the exact reverse KL on any tokens; else the reason why it need not.
     not_towards_teacher: ClassVar[str | None] = None
 

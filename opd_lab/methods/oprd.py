@@ -61,6 +61,7 @@ EPS = 1e-12  # the least norm that a state is divided by
 class Oprd(Method):
     paper = "https://arxiv.org/abs/2606.06021"
     neutral: ClassVar = {"coef": 0.0, "token_loss": "full"}
+    gradient_norms: ClassVar = {REP: "oprd/gradient_norm_rep_raw", TRAINED: "oprd/gradient_norm_opd_raw"}
     not_towards_teacher: ClassVar = "hidden states approach the teacher's; the KL may rise meanwhile"
     name: ClassVar[str] = "oprd"
     cosine_name: ClassVar[str] = "cosine_mean_fraction"

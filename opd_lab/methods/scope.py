@@ -75,6 +75,7 @@ DIRECTION = {"high_ppl": 1.0, "low_ppl": -1.0, "uniform": 0.0}
 @dataclass(frozen=True, kw_only=True)
 class SCOPE(Method):
     paper = "https://arxiv.org/abs/2604.10688"
+    gradient_norms: ClassVar = {"correct": "scope/correct_gradient_norm", "wrong": "scope/wrong_gradient_norm"}
     neutral: ClassVar = {
         **{"route": "all_wrong", "truncated": "wrong", "wrong_loss": "full", "teacher_weight": "uniform"},
         **{"weight_scale": "mean_one", "denominator": "path_tokens"},

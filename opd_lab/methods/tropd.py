@@ -70,6 +70,7 @@ OUTLIERS = {"fkl": "forward_kl", "fkl_reward": "reward_forward_kl", "clip": "rew
 class TrOPD(TeacherPrefix):
     paper = "https://arxiv.org/abs/2606.01249"
     neutral: ClassVar = {"region": "everything", "trust_estimator": "exact", "prefix_schedule": "none"}
+    gradient_norms: ClassVar = {term: f"tropd/gradient_{term}_norm" for term in ("trust", "outlier", "guidance")}
 
     region: str = "speculative"
     outlier: str = "fkl"

@@ -27,6 +27,7 @@ SETTINGS = DiagnosticsSettings(
     probe_shown=0,
     estimator_rollouts=0,
     estimator_topk=4,
+    gradient_every=0,
     on_alarm="warn",
     alarms=ALARMS,
 )
