@@ -33,7 +33,7 @@ NOT_SAID = "not said"
 
 
 # The areas of metrics that mean the same for every method; any other is a method's own.
-COMMON = ("eval", "kl", "entropy", "gap", "overlap", "rollout", "cost", "time", "memory")
+COMMON = ("eval", "probe", "kl", "entropy", "gap", "overlap", "rollout", "cost", "time", "memory")
 # What a metric's last word says of which way is better.
 BETTER = {"maximize": ("avg_at", "pass_at", "per_second"), "minimize": ("nats", "tokens", "seconds", "bytes", "calls")}
 

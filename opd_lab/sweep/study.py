@@ -193,7 +193,7 @@ def _with_more_choices(study: optuna.Study, uri: str, space: Space) -> BaseStora
             f"sweep.extend: more values of a choice need the study in a journal file, got {uri}; begin another sweep"
         )
     now = {p.key: p.distribution for p in space.parameters}
-    fresh = Path(uri + ".new")
+    fresh = Path(uri).with_suffix(".new.journal")
     fresh.unlink(missing_ok=True)
     storage = _storage(str(fresh))
     moved = optuna.create_study(study_name=study.study_name, storage=storage, directions=study.directions)

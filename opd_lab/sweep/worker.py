@@ -46,7 +46,7 @@ def main(folder: str) -> None:
         state = "pruned"
     except (SystemExit, KeyboardInterrupt):
         state = "stopped"
-    except BaseException:  # whatever it is, this trial alone has failed
+    except Exception:  # whatever it is, this trial alone has failed
         state, error = "failed", traceback.format_exc()
         print(error, flush=True)
     mail.post("outcome", attempt=job.attempt, state=state, error=error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -79,6 +78,7 @@ class Bench:
     def __init__(
         self, folder: Path, settings: SweepSettings, *, steps: int = 4, seeds: Sequence[int] = (0,), **rest: Any
     ):
+        launched = rest.pop("launcher", None)
         launch = {key: rest.pop(key) for key in ("slots", "memory_limit_gib", "grace_seconds") if key in rest}
         given = {key: rest.pop(key) for key in ("objective", "condition", "uri") if key in rest}
         self.study = opened(folder, settings, steps=steps, runs=len(seeds), **given)
@@ -86,7 +86,7 @@ class Bench:
         view = Lines(self.study, Console(file=self.out, width=200))
         metrics = list(given.get("objective") or [METRIC])
         plan = Plan(folder / "bench", metrics, settings, orders(folder, steps, seeds, **rest), 0.005, "tasks:curve")
-        self.trials = Trials(plan, self.study, launcher(**launch), NoTree(), view)
+        self.trials = Trials(plan, self.study, launched or launcher(**launch), NoTree(), view)
 
     def run(self) -> Bench:
         self.trials.run()
@@ -102,7 +102,3 @@ class Bench:
 
     def states(self) -> str:
         return " ".join(t.state.name for t in self.study.trials())
-
-
-def plain(settings: SweepSettings) -> dict[str, Any]:
-    return dataclasses.asdict(settings)

@@ -4,6 +4,15 @@ import pytest
 from bench import Bench, sweep_settings
 from optuna.trial import TrialState
 
+from opd_lab.sweep import local
+
+
+@pytest.fixture(autouse=True)
+def quick_start(monkeypatch):
+    """These trials need no model."""
+    monkeypatch.setattr(local, "PRELOAD", ["opd_lab.sweep.worker"])
+
+
 FATES = {"fate": ["well", "killed", "raises", "diverges", "well again"]}
 
 
