@@ -142,7 +142,7 @@ def ask(cfg: DictConfig, arguments: Sequence[str], compose: Compose, loader: Any
     first = [p.override(p.finite[0]) for p in parameters[:1] if p.key == "method" and p.finite]
     base = composed(compose, [*overrides, *first])
     overrides.append(f"tracking.folder={written(str(Path(base.tracking.folder).absolute()))}")
-    objective = dict(settings.objective) or {base.objective: direction(base.objective)}
+    objective = settings.objective or {base.objective: direction(base.objective)}
     for metric in objective:
         comparable(metric, [p.key for p in parameters])
     _prunable(settings, objective, base)

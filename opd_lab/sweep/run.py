@@ -2,67 +2,89 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
-from optuna.trial import TrialState
-
+from opd_lab.settings import RunSettings
+from opd_lab.sweep import found
 from opd_lab.sweep.contract import Launcher
 from opd_lab.sweep.live import view
 from opd_lab.sweep.question import Question
-from opd_lab.sweep.study import alone, not_mlflow, open_study
-from opd_lab.sweep.trials import NoTree, Plan, Trials
+from opd_lab.sweep.study import Study, alone, not_mlflow, open_study
+from opd_lab.sweep.trials import TRAIN, NoTree, Plan, Tree, Trials
 
 
-def run(question: Question, launcher: Launcher) -> int:
-    """A sweep to its end; returns the exit code of the command.
+def run(question: Question, launcher: Launcher, task: str = TRAIN) -> int:
+    """A sweep to its end; returns the exit code of the command: 0, 1 = nothing found or too much failed, 130 = stopped.
 
     Raises:
         ValueError: it cannot begin.
     """
-    order, settings = question.samples[0]
+    _, settings = question.samples[0]
     home = Path(settings.tracking.folder)
     folder = home / "optuna" / question.name
-    uri = question.settings.storage or f"{folder}.journal"
-    not_mlflow(uri, settings.tracking.uri or f"sqlite:///{home / 'mlflow.db'}")
-    runs = len(question.settings.seeds or [0])
-    with alone(folder):
-        study = open_study(
-            question.name,
-            uri,
-            question.space,
-            question.settings,
-            question.objective,
-            question.identity,
-            every=order.every or order.steps,
-            steps=order.steps * runs,
+    with ExitStack() as held:
+        held.enter_context(alone(folder))
+        study = _study(question, settings, folder)
+        tree: Tree = NoTree()
+        if settings.tracking.mlflow:
+            from opd_lab.sweep.tree import MLflowTree
+
+            tree = MLflowTree(settings.tracking, question, study)
+        plan = Plan(
+            folder=folder,
+            metrics=list(question.objective),
+            settings=question.settings,
+            orders=question.orders,
+            poll_seconds=launcher.poll_seconds,
+            task=task,
         )
         with view(study, next(iter(question.objective))) as shown:
-            plan = Plan(
-                folder=folder,
-                metrics=list(question.objective),
-                settings=question.settings,
-                orders=question.orders,
-                poll_seconds=launcher.poll_seconds,
-            )
-            trials = Trials(plan, study, launcher, NoTree(), shown)
+            trials = Trials(plan, study, launcher, tree, shown)
             trials.run()
-        return close(question, trials, home / settings.tracking.experiment)
+        code = _close(question, trials, home / settings.tracking.experiment)
+        tree.finish(found.write(question, study, folder), {0: "FINISHED", 1: "FAILED"}.get(code, "KILLED"))
+        print(f"sweep    {folder / 'sweep.html'}\nstudy    optuna-dashboard {_uri(question, folder)}")
+    return code
 
 
-def close(question: Question, trials: Trials, experiment: Path) -> int:
-    """The table and the report of the runs that finished."""
+def _uri(question: Question, folder: Path) -> str:
+    return question.settings.storage or f"{folder}.journal"
+
+
+def _study(question: Question, settings: RunSettings, folder: Path) -> Study:
+    order, _ = question.samples[0]
+    uri = _uri(question, folder)
+    not_mlflow(uri, settings.tracking.uri or f"sqlite:///{Path(settings.tracking.folder) / 'mlflow.db'}")
+    return open_study(
+        question.name,
+        uri,
+        question.space,
+        question.settings,
+        question.objective,
+        question.identity,
+        every=order.every or order.steps,
+        steps=order.steps * len(question.settings.seeds or [0]),
+    )
+
+
+def _close(question: Question, trials: Trials, experiment: Path) -> int:
+    """The table and the report of the runs that finished, and the trials in order where they were searched for."""
     from opd_lab.results import show_runs
 
-    study = trials.study
-    finished = [
-        Path(run) for trial in study.trials() if trial.state == TrialState.COMPLETE for run in trial.user_attrs["runs"]
-    ]
-    if finished:
-        show_runs(list(dict.fromkeys(finished)), experiment)
+    study, s = trials.study, question.settings
+    done = found.ranked(study)
+    searched = s.sampler not in (None, "grid")
+    if done:
+        shown = done[: found.SHOWN] if searched else done
+        show_runs(list(dict.fromkeys(Path(run) for t in shown for run in t.user_attrs["runs"])), experiment)
+    if done and (searched or len(question.objective) > 1 or s.seeds):
+        print("\n" + "\n".join(found.lines(study, question.objective)))
+    if s.pruner:
+        print(found.saved(study.trials()))
     if trials.stopped:
         print(f"{question.name}: {trials.stopped}")
         return 130 if trials.interrupted else 1
-    if not finished:
+    if not done:
         print(f"{question.name}: every trial failed; their logs are in {trials.plan.folder}")
-        return 1
-    return 0
+    return 0 if done else 1

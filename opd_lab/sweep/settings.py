@@ -23,7 +23,7 @@ class SweepSettings:
     space: dict[str, Any]
     fixed: dict[str, Any]
     seeds: list[int] | None
-    objective: dict[str, Any]
+    objective: dict[str, Any] | None
     condition: str
     sampler: str | None
     trials: int | None
@@ -100,7 +100,10 @@ def check(s: SweepSettings) -> None:
     for name, value, allowed in (
         ("sampler", s.sampler, (None, *SAMPLERS)),
         ("pruner", s.pruner, (None, *PRUNERS)),
-        *((f"objective.{metric}", direction, ("maximize", "minimize")) for metric, direction in s.objective.items()),
+        *(
+            (f"objective.{metric}", direction, ("maximize", "minimize"))
+            for metric, direction in (s.objective or {}).items()
+        ),
     ):
         if value not in allowed:
             names = ", ".join("null" if one is None else one for one in allowed)
@@ -121,7 +124,7 @@ def check(s: SweepSettings) -> None:
             raise ValueError(f"sweep.{name} must be >= {low}, got {value}")
     if s.seeds is not None and (not s.seeds or len(set(s.seeds)) < len(s.seeds)):
         raise ValueError(f"sweep.seeds must be null or a list of different seeds, got {s.seeds}")
-    if s.pruner and len(s.objective) > 1:
+    if s.pruner and s.objective and len(s.objective) > 1:
         raise ValueError(
             f"sweep.pruner must be null for several objectives, got {s.pruner} with {', '.join(s.objective)}: "
             "which of two trials is better in the middle is not defined; choose one objective"

@@ -74,11 +74,12 @@ class View(Protocol):
 class Tree(Protocol):
     """Where the runs of a sweep belong together."""
 
-    def orders(self, number: int, params: Params, runs: Sequence[Order]) -> list[Order]:
+    def orders(self, trial: optuna.Trial, params: Params, runs: Sequence[Order]) -> list[Order]:
         """The runs of a trial, each with the id under which it is to log."""
         ...
 
     def close(self, running: Running, state: str, why: str) -> None: ...
+    def finish(self, files: Sequence[Path], status: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Trials:
                 attempt=before.attempt + 1 if before else 1,
                 task=self.plan.task,
                 metrics=list(self.plan.metrics),
-                runs=self.tree.orders(trial.number, params, orders),
+                runs=self.tree.orders(trial, params, orders),
                 waits=self.plan.settings.pruner is not None,
                 poll_seconds=self.plan.poll_seconds,
             )
@@ -229,6 +230,7 @@ class Trials:
         trial = running.trial
         if state != "stopped":
             trial.set_user_attr("steps", running.position(running.run, running.step))
+            trial.set_user_attr("of", running.steps)
             trial.set_user_attr("tokens", sum(running.tokens.values()))
             trial.set_user_attr("seconds", sum(running.seconds.values()))
             trial.set_user_attr("runs", [order.folder for order in running.job.runs])
@@ -299,10 +301,13 @@ class Trials:
 class NoTree:
     """A sweep without MLflow."""
 
-    def orders(self, number: int, params: Params, runs: Sequence[Order]) -> list[Order]:
+    def orders(self, trial: optuna.Trial, params: Params, runs: Sequence[Order]) -> list[Order]:
         return list(runs)
 
     def close(self, running: Running, state: str, why: str) -> None:
+        pass
+
+    def finish(self, files: Sequence[Path], status: str) -> None:
         pass
 
 
