@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from opd_lab.tracking.model import log_model
 from opd_lab.tracking.showing import Shown
-from opd_lab.tracking.stored import quiet
+from opd_lab.tracking.stored import PARAMS, quiet
 from opd_lab.tracking.tracker import RunInfo
 from opd_lab.types import Report
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 6000, 8000, 36  # characters that MLflow takes
 LOGGED = (".parquet", ".txt", ".diff", ".yaml", ".html", ".png", ".json", ".jsonl")
 NOT_LOGGED = ("checkpoints", "segments", "student", "status.json", "mlflow.json", "journal.jsonl")
+SHOWN = ("method", "optim", "rollout")  # groups of settings
 IDENTITY = "mlflow.json"  # in the run folder: which MLflow run it is
 
 
@@ -38,6 +39,16 @@ def shorten(text: str, limit: int, where: str) -> str:
     """A text that fits, with a note where all of it is."""
     note = f"... (whole in {where})"
     return text if len(text) <= limit else text[: limit - len(note)] + note
+
+
+def is_shown(name: str, value: Any) -> bool:
+    """Whether a setting is a param of MLflow's, to filter and sort by: what methods are and how they are trained.
+
+    MLflow prints every param above every picture of a chart, and eighty of them leave no room for it. All settings are
+    in PARAMS and in config.yaml, what they are about (models, data) in tags.
+    """
+    group = name.split(".")[0]
+    return (group in SHOWN or group == name) and name != "method._target_" and value not in (None, [], "")
 
 
 @dataclass(frozen=True)
@@ -140,11 +151,13 @@ class MLflow:
     def _describe(self, run: RunInfo, have: set[str]) -> None:
         from mlflow.entities import Param
 
-        params = {name: shorten(str(value), LONGEST_PARAM, "config.yaml") for name, value in run.params.items()}
+        shown = {name: value for name, value in run.params.items() if is_shown(name, value)}
+        params = {name: shorten(str(value), LONGEST_PARAM, PARAMS) for name, value in shown.items()}
         new = [Param(name, value) for name, value in params.items() if name not in have]
         commit = _said(run.folder).get("commit") or "unknown"
         self._client.log_batch(self.run_id, params=new, tags=_tags({"mlflow.source.git.commit": commit, **run.tags}))
         self._client.log_text(self.run_id, run.config_yaml, "config.yaml")
+        self._client.log_text(self.run_id, json.dumps(dict(run.params)), PARAMS)
         if run.dataset and not have:
             self._client.log_inputs(self.run_id, _dataset_inputs(run.dataset))
 

@@ -34,7 +34,7 @@ def runs(where: Where) -> DataFrame:
     import pandas as pd
 
     if isinstance(where, Store):
-        return pd.DataFrame([run.row for run in where.runs()])
+        return pd.DataFrame(where.rows())
     rows = []
     for folder in folders(where):
         said = status(folder)

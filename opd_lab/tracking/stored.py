@@ -9,6 +9,7 @@ What is left, a run that is still going on behind an MLflow server, costs one ca
 from __future__ import annotations
 
 import ast
+import json
 import logging
 import os
 import tempfile
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 STEPS = 2**32  # more than a run has
 PAGE = 1000  # runs that a server lists at a time
+PARAMS = "params.json"  # a file of the run: all its settings, typed, of which MLflow's params are some
 
 Named = tuple[str, str, "pa.Table | None"]  # run, folder, rows
 
@@ -59,6 +61,13 @@ class Store:
         with self._asked() as ask:
             return ask.runs()
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Of `read.runs`."""
+        with tempfile.TemporaryDirectory() as scratch:
+            runs = self.runs()
+            files = [_files(self.uri, run, (PARAMS,), Path(scratch)) for run in runs]
+            return [run.row | _params(folder) for run, folder in zip(runs, files)]
+
     def metrics(self, names: Sequence[str] | None, of_folder: Callable[..., pa.Table]) -> list[Named]:
         """step, name, value of every run. `of_folder(folder, names)` reads the files of one that has ended."""
         with self._asked() as ask, tempfile.TemporaryDirectory() as scratch:
@@ -67,7 +76,11 @@ class Store:
                 return ask.histories(runs, names)
             sizes, out, rest = ask.sizes(), [], []
             for run in runs:
-                folder = _files(self.uri, run, ("metrics", "timing"), Path(scratch)) if run.row["ended"] else None
+                folder = (
+                    _files(self.uri, run, ("metrics.parquet", "timing.parquet"), Path(scratch))
+                    if run.row["ended"]
+                    else None
+                )
                 found = None if folder is None else of_folder(folder, names)
                 if found is None or sizes.get(run.id, len(found)) != len(found):
                     rest.append(run)
@@ -78,7 +91,7 @@ class Store:
     def table(self, name: str, of_folder: Callable[[Path, str], pa.Table | None]) -> list[Named]:
         """A table that runs left as parquet, of every run."""
         with tempfile.TemporaryDirectory() as scratch:
-            places = [(run, _files(self.uri, run, (name,), Path(scratch))) for run in self.runs()]
+            places = [(run, _files(self.uri, run, (f"{name}.parquet",), Path(scratch))) for run in self.runs()]
             return [run.named(None if folder is None else of_folder(folder, name)) for run, folder in places]
 
     @contextmanager
@@ -235,24 +248,27 @@ def _value(text: str) -> Any:
         return text
 
 
+def _params(folder: Path | None) -> dict[str, Any]:
+    return {} if folder is None else json.loads((folder / PARAMS).read_text())
+
+
 def _files(uri: str, run: Run, names: Sequence[str], scratch: Path) -> Path | None:
-    """A folder with those of a run's tables that there are; None where the first is missing."""
+    """A folder with those of a run's files that there are; None where the first is missing."""
     place = urlparse(run.files)
     if place.scheme in ("", "file"):
         folder = Path(unquote(place.path))
-        return folder if (folder / f"{names[0]}.parquet").is_file() else None
+        return folder if (folder / names[0]).is_file() else None
     from mlflow.exceptions import MlflowException
 
     folder, client = scratch / run.id, _client(uri)
     folder.mkdir()
     try:
         there = {file.path for file in client.list_artifacts(run.id)}
-        wanted = [f"{name}.parquet" for name in names if f"{name}.parquet" in there]
-        for file in wanted:
-            client.download_artifacts(run.id, file, str(folder))
+        for name in there.intersection(names):
+            client.download_artifacts(run.id, name, str(folder))
     except MlflowException as error:
         raise _unreadable(uri, error) from error
-    return folder if f"{names[0]}.parquet" in wanted else None
+    return folder if names[0] in there else None
 
 
 def quiet() -> None:

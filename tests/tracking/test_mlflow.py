@@ -38,7 +38,9 @@ def test_a_run_with_everything(home: Path) -> None:
     tracker = MLflow(None, home)
     fan = FanOut([RunFolder(), tracker])
     folder = home / "whole"
-    fan.start(info(folder, params={"seed": 0, "optim.betas[0]": 0.9, "long": "x" * 7000}, parent="abc"))
+    fan.start(
+        info(folder, params={"seed": 0, "optim.betas[0]": 0.9, "data.path": "p", "long": "x" * 7000}, parent="abc")
+    )
     for step in range(3):
         fan.log(report(step))
     fan.log(Report(3, {"kl/reverse_mean_nats": math.inf, "eval/pass@1": 3 / 7}))
@@ -47,8 +49,10 @@ def test_a_run_with_everything(home: Path) -> None:
     client = client_of(home)
     run = client.get_run(tracker.run_id)
     assert (run.info.status, run.info.run_name) == ("FINISHED", "whole")
-    assert run.data.params["optim.betas_0_"] == "0.9"
-    assert len(run.data.params["long"]) == 6000 and run.data.params["long"].endswith("x... (whole in config.yaml)")
+    assert run.data.params["optim.betas_0_"] == "0.9" and "data.path" not in run.data.params
+    whole = json.loads(Path(client.download_artifacts(tracker.run_id, "params.json")).read_text())
+    assert whole == {"seed": 0, "optim.betas_0_": 0.9, "data.path": "p", "long": "x" * 7000}
+    assert len(run.data.params["long"]) == 6000 and run.data.params["long"].endswith("x... (whole in params.json)")
     assert run.data.tags["method"] == "opd" and run.data.tags["best_at_1"] == "2"
     assert run.data.tags["mlflow.parentRunId"] == "abc"
     history = client.get_metric_history(tracker.run_id, "eval/pass_at_1")

@@ -19,7 +19,7 @@ from opd_lab.results import deliver, rebuild
 from opd_lab.run import run_folder
 from opd_lab.tracking import read
 from opd_lab.tracking.delivery import Reports
-from opd_lab.tracking.mlflow import IDENTITY, open_store
+from opd_lab.tracking.mlflow import IDENTITY, is_shown, open_store
 from opd_lab.tracking.run_folder import volatile
 from tests.tracking.services import content, free_port, mlflow_server, postgres, wait_for
 
@@ -65,7 +65,9 @@ def agree(folder: Path, found: dict[str, Any]) -> None:
     status = read.status(folder)
     assert found["run"][:2] == (status["name"], status["status"])
     assert found["metrics"] == said(folder)
-    assert found["params"] == {name: str(value) for name, value in status["params"].items()}
+    assert found["params"] == {n: str(value) for n, value in status["params"].items() if is_shown(n, value)}
+    assert {"seed", "optim.lr", "rollout.max_tokens"} <= found["params"].keys()
+    assert json.loads(found["files"]["params.json"]) == status["params"]
     own = {name: text for name, text in found["tags"].items() if not name.startswith("mlflow.")}
     assert own == status["tags"]
     for path in folder.glob("*.parquet"):
