@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LEAST_SHARE = 1e-4  # colour is logarithmic from here to 1; below it a bin is left white
 KL_RANGE = (1e-3, 10.0)  # nats; likewise, and the ends stand for what lies beyond
 LEFT, TOP, RIGHT, BOTTOM = 56, 26, 12, 34  # margins, pixels
-WIDTH, HEIGHT = 480, 340
+WIDTH, HEIGHT = 480, 480  # square, as the frames of MLflow's charts are
 
 
 def heat_map(name: str, bins: str, steps: Sequence[int], counts_SK: Sequence[Sequence[int]]) -> Image:

@@ -160,7 +160,8 @@ def _frame(found: Iterable[tuple[str, str, pa.Table | None]]) -> DataFrame:
     import pandas as pd
     import pyarrow as pa
 
-    there = [(run, folder, table) for run, folder, table in found if table is not None and len(table)]
+    there = [(run, folder, table) for run, folder, table in found if table is not None]
+    there = [row for row in there if len(row[2])] or there[:1]  # the columns of nothing are known as well
     if not there:
         return pd.DataFrame()
     names, places, tables = zip(*there)

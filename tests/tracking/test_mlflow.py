@@ -213,3 +213,39 @@ def test_names_that_mlflow_takes(name: str, allowed: str) -> None:
 def test_the_run_folder_knows_its_mlflow_run(home: Path) -> None:
     known = json.loads((home / "whole" / "mlflow.json").read_text())
     assert client_of(home).get_run(known["run_id"]).info.run_name == "whole"
+
+
+@pytest.mark.slow
+def test_the_student_is_a_model_that_mlflow_and_transformers_load_again(tmp_path: Path) -> None:
+    import mlflow.transformers
+    import torch
+    from lab_run import run
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = run(tmp_path, "steps=1", mlflow=True).folder
+    store = open_store(None, tmp_path, "opd_lab")
+    (model,) = store.client.search_logged_models([store.experiment_id])
+    run_id = json.loads((folder / "mlflow.json").read_text())["run_id"]
+    assert (model.name, model.source_run_id, str(model.status)) == ("student", run_id, "READY")
+    kept = Path(model.artifact_location.removeprefix("file://"))
+    assert not [path for path in kept.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".pickle")]
+    mlflow.set_tracking_uri(store.uri)
+    parts = mlflow.transformers.load_model(f"models:/{model.model_id}", return_type="components")
+    again = AutoModelForCausalLM.from_pretrained(kept / "model")
+    trained = load_file(folder / "student" / "model.safetensors")
+    for loaded in (parts["model"], again):
+        assert all(torch.equal(loaded.state_dict()[name], value) for name, value in trained.items())
+    text = "start 47 + 8 ?"
+    assert parts["tokenizer"](text)["input_ids"] == AutoTokenizer.from_pretrained(folder / "student")(text)["input_ids"]
+
+
+def test_a_student_that_is_too_large_is_no_model(home: Path) -> None:
+    folder = home / "large"
+    fan = FanOut([RunFolder(), MLflow(None, home, log_model_megabytes=0.001)])
+    fan.start(info(folder))
+    (folder / "student").mkdir()
+    (folder / "student" / "model.safetensors").write_bytes(b"0" * 1001)
+    fan.finish("FINISHED")
+    store = open_store(None, home, "tests")
+    assert not store.client.search_logged_models([store.experiment_id])

@@ -61,7 +61,7 @@ def charts(page: Any, address: str, search: str) -> None:
     """The comparison of all runs, with the metric charts of a name; pictures are there whatever one looks for."""
     page.goto(f"{address}/#/experiments/1/runs?compareRunsMode=CHART")
     page.locator(CARD).first.wait_for()
-    page.get_by_label("Close", exact=True).click()  # the assistant
+    page.get_by_label("Close", exact=True).dispatch_event("click")  # the assistant
     page.get_by_placeholder("Search metric charts").fill(search)
 
 

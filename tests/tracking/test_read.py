@@ -70,6 +70,12 @@ def test_scalars_are_the_same_from_folders_from_files_of_the_store_and_from_its_
     assert len(read.metrics(home, "kl/reverse_mean_nats")) == 4
 
 
+def test_nothing_found_has_columns_too(home: Path, tmp_path: Path) -> None:
+    RunFolder().start(info(tmp_path / "a"))
+    for found in (read.metrics(tmp_path), read.metrics(home, "nobody/logs_this"), read.metrics(store(home), "nobody")):
+        assert len(found) == 0 and {"run", "folder", "step", "name", "value"} == set(found.columns)
+
+
 def test_runs_are_the_same(home: Path) -> None:
     one, other = (read.runs(where).drop(columns="folder") for where in (home, store(home)))
     assert set(one.columns) == set(other.columns) >= {"run", "status", "started", "ended", "method", "optim.lr"}
