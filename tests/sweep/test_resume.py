@@ -65,7 +65,7 @@ def test_a_grid_with_failures_and_retries(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "every"),
-    [(TPE, 5), (GRID, 5), (TPE | {"sampler": "qmc"}, 19), (TPE | {"pruner": "wilcoxon"}, 149)],
+    [(TPE, 11), (GRID, 11), (TPE | {"sampler": "qmc"}, 19), (TPE | {"pruner": "wilcoxon"}, 149)],
 )
 def test_at_many_more_writes(tmp_path, monkeypatch, settings, every):
     kill_everywhere(tmp_path, monkeypatch, settings, every)
