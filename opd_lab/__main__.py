@@ -59,6 +59,8 @@ def app(task: Callable[[DictConfig], float | None]) -> None:
         said = explain(error, sys.argv[1:]) if isinstance(error, HydraException) else error
         print(f"opd-lab: {said}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

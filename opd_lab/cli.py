@@ -2,6 +2,7 @@
 
 opd-lab run [key=value ...]            one run
 opd-lab sweep NAME [key=value ...]     the runs of sweeps/NAME.yaml, then their table and report
+opd-lab sweeps | stop NAME             how sweeps stand; end one cleanly, to be resumed
 opd-lab evaluate RUN [...]             a run's student on held-out problems
 opd-lab analyze QUESTION RUN [...]     one question about a finished run; --help lists them
 opd-lab report FOLDER                  the table and the report of the runs in a folder
@@ -29,6 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=about, add_help=False)  # everything else is Hydra's, --help included
     sweep = commands.add_parser("sweep", help="the runs of sweeps/NAME.yaml, then their table and report")
     sweep.add_argument("name", help="a file of sweeps/, without .yaml")
+    sweep.add_argument("--dry-run", action="store_true", help="say what would be run, and what it may cost")
+    sweep.add_argument("--extend", action="store_true", help="allow more trials or values than it began with")
+    sweeps = commands.add_parser("sweeps", help="the sweeps of a folder: state, done, best")
+    sweeps.add_argument("folder", type=Path, nargs="?", default=Path("opd_runs"))
+    stop = commands.add_parser("stop", help="end a running sweep cleanly, to be resumed")
+    stop.add_argument("name", help="as `opd-lab sweeps` lists it")
+    stop.add_argument("folder", type=Path, nargs="?", default=Path("opd_runs"))
     score = commands.add_parser("evaluate", help="a run's student on held-out problems")
     score.add_argument("run", type=Path, help="a run folder")
     score.add_argument("--checkpoint", default="final", help="final, best, or a step")
@@ -82,7 +90,24 @@ def _sweep(given: argparse.Namespace) -> int:
     found = sorted(path.stem for path in config.SWEEPS.glob("*.yaml"))
     if given.name not in found and not any(word.startswith("--config-dir") for word in given.overrides):
         raise ValueError(f"there is no sweep {given.name}; sweeps/ has {', '.join(found)}")
-    return _hydra("run", ["--multirun", f"sweeps={given.name}", *given.overrides])
+    asked = ["sweep.dry_run=true"] * given.dry_run + ["sweep.extend=true"] * given.extend
+    return _hydra("run", ["--multirun", f"sweeps={given.name}", *asked, *given.overrides])
+
+
+def _sweeps(given: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from opd_lab.sweep.owner import table
+
+    Console().print(table(given.folder))
+    return 0
+
+
+def _stop(given: argparse.Namespace) -> int:
+    from opd_lab.sweep.owner import stop
+
+    print(stop(given.folder, given.name))
+    return 0
 
 
 def _doctor(given: argparse.Namespace) -> int:
@@ -130,6 +155,8 @@ def _make_lab_models(given: argparse.Namespace) -> int:
 _COMMANDS = {
     "run": _run,
     "sweep": _sweep,
+    "sweeps": _sweeps,
+    "stop": _stop,
     "doctor": _doctor,
     "evaluate": _evaluate,
     "report": _report,

@@ -61,7 +61,7 @@ class LiveTable(Lines):
     def __init__(self, study: Study, console: Console, metric: str) -> None:
         super().__init__(study, console)
         self._metric, self._rows, self._began = metric, dict[str, Running](), time.monotonic()
-        self._at_start = sum(counts(study).values())
+        self._at_start = study.count_ended()
         self._foot = tally(study)
         self.live = Live(self._picture(), console=console, refresh_per_second=4)
 
@@ -80,18 +80,21 @@ class LiveTable(Lines):
         self.live.update(self._picture())
 
     def _picture(self) -> Group:
-        table = Table("slot", "trial", "step", self._metric, "left", "params", expand=True)
+        table = Table(expand=True)
+        for name in ("slot", "trial", "step", self._metric, "left"):
+            table.add_column(name, no_wrap=True)
+        table.add_column("params", ratio=1, no_wrap=True, overflow="ellipsis")
         for name in sorted(self._rows):
             r = self._rows[name]
             value = f"{r.value:.4f}" if math.isfinite(r.value) else "-"
             left = f"{r.seconds_left:.0f} s" if math.isfinite(r.seconds_left) and r.step else "-"
             step = f"{r.position(r.run, r.step)}/{r.steps}"
-            table.add_row(name, str(r.number), step, value, left, Text(describe(r.params), overflow="ellipsis"))
+            table.add_row(name, str(r.number), step, value, left, Text(describe(r.params)))
         return Group(table, Text(f"{self._foot}   {self._rest()}"))
 
     def _rest(self) -> str:
         """How long the trials that are left will take, at the pace of those that have ended."""
-        done = sum(counts(self.study).values()) - self._at_start - len(self._rows)
+        done = self.study.count_ended() - self._at_start
         left = self.study.target - self.study.count_ended()
         if done < 1 or left < 1:
             return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -137,6 +138,8 @@ def ask(cfg: DictConfig, arguments: Sequence[str], compose: Compose, loader: Any
         raise ValueError(f"{said['seed']} has no effect with sweep.seeds={settings.seeds}; set sweep.seeds=null")
     overrides = [f"{key}={written(value)}" for key, value in fixed.items()] + list(said.values())
     name = settings.name or file or "multirun-" + _digest([p.override("") + p.text for p in parameters], overrides)
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(f"sweep.name must be letters, digits, '_', '-' and '.', got {name}")
     if file and "tracking.experiment" not in fixed.keys() | said.keys():
         overrides.append(f"tracking.experiment={written(name)}")
     first = [p.override(p.finite[0]) for p in parameters[:1] if p.key == "method" and p.finite]

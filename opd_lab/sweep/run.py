@@ -6,11 +6,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from opd_lab.settings import RunSettings
-from opd_lab.sweep import found
+from opd_lab.sweep import budget, found, owner
 from opd_lab.sweep.contract import Launcher
 from opd_lab.sweep.live import view
 from opd_lab.sweep.question import Question
-from opd_lab.sweep.study import Study, alone, not_mlflow, open_study
+from opd_lab.sweep.study import Study, not_mlflow, open_study
 from opd_lab.sweep.trials import TRAIN, NoTree, Plan, Tree, Trials
 
 
@@ -22,9 +22,12 @@ def run(question: Question, launcher: Launcher, task: str = TRAIN) -> int:
     """
     _, settings = question.samples[0]
     home = Path(settings.tracking.folder)
-    folder = home / "optuna" / question.name
+    folder = owner.home(home) / question.name
+    if question.settings.dry_run:
+        print("\n".join(budget.lines(question, launcher.slots, _uri(question, folder), owner.read_card(folder))))
+        return 0
     with ExitStack() as held:
-        held.enter_context(alone(folder))
+        held.enter_context(owner.alone(folder))
         study = _study(question, settings, folder)
         tree: Tree = NoTree()
         if settings.tracking.mlflow:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
-import socket
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +78,22 @@ class Study:
         if len(self.optuna.directions) > 1 or not self.count(TrialState.COMPLETE):
             return None
         return self.optuna.best_trial
+
+    def card(self) -> dict[str, Any]:
+        """How the study stands, for people who ask while it goes on."""
+        best = self.best()
+        done = [t for t in self.trials() if t.state == TrialState.COMPLETE and t.user_attrs.get("attempts") == 1]
+        took = [t.duration.total_seconds() for t in done if t.duration]
+        return {
+            "name": self.optuna.study_name,
+            "objective": self.optuna.metric_names,
+            "done": self.count_ended(),
+            "target": self.target,
+            "pruned": self.count(TrialState.PRUNED),
+            "failed": self.failures(),
+            "best": None if best is None else {"trial": best.number, "value": best.value, "params": best.params},
+            "trial_seconds": sum(took) / len(took) if took else None,  # wall time of a trial that nothing disturbed
+        }
 
     def _queue_retries(self) -> None:
         repeated = self._repeated()
@@ -253,41 +265,6 @@ def _database(uri: str) -> tuple[Any, ...]:
     kind = url.get_backend_name()
     name = str(Path(url.database or "").resolve()) if kind == "sqlite" else url.database
     return kind, url.host, url.port, name
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold a sweep's folder.
-
-    Raises:
-        ValueError: another process runs this sweep.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "sweep.lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise ValueError(
-                f"the sweep {folder.name} is running already ({lock.read()}); opd-lab stop {folder.name} ends it"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-        yield
-
-
-def running(folder: Path) -> bool:
-    """Whether some process holds a sweep's folder."""
-    path = folder / "sweep.lock"
-    if not path.exists():
-        return False
-    with path.open() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
 
 
 def spread(values: Sequence[float]) -> float:

@@ -27,7 +27,7 @@ from opd_lab.sweep.trials import Running
 from opd_lab.tracking.mlflow import IDENTITY, LONGEST_PARAM, LONGEST_TAG, open_store, shorten
 
 log = logging.getLogger("opd_lab.sweep")
-RUN = "mlflow_run_id"  # attribute of the study and of a trial
+RUN, RUNS = "mlflow_run_id", "mlflow_run_ids"  # attributes: of the study and of a trial; by run folder, of a trial
 
 
 class MLflowTree:
@@ -92,11 +92,13 @@ class MLflowTree:
             trial.set_user_attr(RUN, parent)
             self._client.update_run(parent, status="RUNNING")
             self._say(parent, tags | {"kind": "trial"}, params, run.data.params)
-        out = []
+        out, made = [], trial.user_attrs.get(RUNS, {})
         for order in runs:
-            run = self._of_folder(Path(order.folder)) or self._make(Path(order.folder).name, parent)
+            folder = Path(order.folder)
+            run = self._of_folder(folder) or self._run(made.get(order.folder)) or self._make(folder.name, parent)
             self._say(run.info.run_id, tags | {"kind": "run", "mlflow.parentRunId": parent, "seed": order.seed})
             out.append(replace(order, mlflow_run_id=run.info.run_id))
+        trial.set_user_attr(RUNS, {order.folder: order.mlflow_run_id for order in out})
         return out
 
     def _close(self, running: Running, state: str, why: str) -> None:

@@ -21,12 +21,12 @@ import optuna
 from optuna.trial import TrialState
 
 from opd_lab.sweep.contract import Ended, Job, Launcher, Mail, Order
+from opd_lab.sweep.owner import STOP, write_card
 from opd_lab.sweep.settings import SweepSettings
 from opd_lab.sweep.space import Params
 from opd_lab.sweep.study import Study, spread
 
 TRAIN = "opd_lab.sweep.worker:train"
-STOP = "stop"  # a file in the sweep's folder: as if Ctrl-C were pressed
 
 
 @dataclass
@@ -108,7 +108,9 @@ class Trials:
 
     def run(self) -> None:
         """Until there are enough trials, or it is stopped: then `stopped` says why."""
+        self.plan.folder.mkdir(parents=True, exist_ok=True)
         (self.plan.folder / STOP).unlink(missing_ok=True)
+        self._card()
         with _signals(self._interrupted):
             try:
                 for trial, params in self.study.unfinished():
@@ -246,6 +248,7 @@ class Trials:
             self.study.prune(trial)
         elif state == "failed":
             self.study.fail(trial, why)
+        self._card()
         self.tree.close(running, state, why)
         self.view.ended(running, state, why)
         if state == "failed":
@@ -270,6 +273,9 @@ class Trials:
             self._stop("sweep.fail_fast=true, and a trial has failed", now=True)
         elif s.max_failures is not None and self.study.failures() > s.max_failures:
             self.stopped = f"more than sweep.max_failures={s.max_failures} trials have failed"
+
+    def _card(self) -> None:
+        write_card(self.plan.folder, self.study.card() | {"question": self.plan.settings.question})
 
     # stopping ---------------------------------------------------------------------------------------------------
 

@@ -126,6 +126,7 @@ def test_extend_adds_values_and_trials(tmp_path, monkeypatch):
     assert swept(tmp_path / "tpe", monkeypatch, TPE | {"trials": 10, "extend": True}).table()[:8] == longer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uri", ["sqlite:///{}/study.db"])
 def test_a_database_keeps_a_study_as_well(tmp_path, monkeypatch, uri):
     settings = sweep_settings(**TPE | {"trials": 3})

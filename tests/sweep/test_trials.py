@@ -1,10 +1,13 @@
 """Trials side by side, each alone with its fate; a sweep that was cut off goes on as if it had not been."""
 
+import os
+import signal
+
 import pytest
 from bench import Bench, sweep_settings
 from optuna.trial import TrialState
 
-from opd_lab.sweep import local
+from opd_lab.sweep import local, owner
 
 
 @pytest.fixture(autouse=True)
@@ -81,11 +84,19 @@ def test_trials_that_share_a_run_folder_take_turns(tmp_path):
     assert overlapping == [0, 0, 0]
 
 
-def test_a_stopped_trial_is_resumed_under_its_number(tmp_path):
+@pytest.mark.parametrize("how", ["by a signal", "by a file"])
+def test_a_stopped_trial_is_resumed_under_its_number(tmp_path, how):
     settings = sweep_settings(space={"top": [0.2, 0.4]})
     bench = Bench(tmp_path, settings, seconds=0.3)
-    moved = bench.trials.view.moved
-    bench.trials.view.moved = lambda running: (moved(running), bench.trials._interrupted())
+
+    def stop(running):
+        if how == "by a signal":
+            os.kill(os.getpid(), signal.SIGINT)
+        else:
+            (tmp_path / "bench" / owner.STOP).touch()
+        bench.trials.view.moved = lambda running: None
+
+    bench.trials.view.moved = stop
     bench.run()
     assert bench.states() == "RUNNING" and bench.trials.interrupted
     again = Bench(tmp_path, settings).run()
