@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from opd_lab.tracking.run_folder import BEFORE, JOURNAL, lines_from, read_table
+from opd_lab.tracking.run_folder import BEFORE, JOURNAL, lines_from
 from opd_lab.types import Histogram, Report
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Reports:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._offset = folder, 0
-        self._merged: dict[str, dict[int, list[dict[str, Any]]]] = {}  # table -> step -> rows, of merged files
+        self._merged: dict[Path, dict[int, list[dict[str, Any]]]] = {}  # file of many steps -> step -> rows
 
     def new(self) -> Iterator[Report]:
         """A report counts as handed out when the next one is asked for: where its delivery fails, it comes again."""
@@ -53,21 +53,23 @@ class Reports:
         segments = self._folder / "segments" / name
         if own := sorted(segments.glob(f"{step:08d}-?*.parquet")):
             return [row for path in own for row in pq.ParquetFile(path).read().to_pylist()]
-        if (self._folder / f"{name}.parquet").exists() or (segments / BEFORE).exists():
-            if name not in self._merged:
-                by_step = self._merged.setdefault(name, {})
-                for row in read_table(self._folder, name).to_pylist():
-                    by_step.setdefault(row["step"], []).append(row)
-            return self._merged[name].get(step, [])
-        return []
+        whole = self._folder / f"{name}.parquet"
+        merged = whole if whole.exists() else segments / BEFORE
+        if merged not in self._merged and merged.exists():
+            by_step = self._merged.setdefault(merged, {})
+            for row in pq.ParquetFile(merged).read().to_pylist():
+                by_step.setdefault(row["step"], []).append(row)
+        return self._merged.get(merged, {}).get(step, [])
 
 
 class Follower:
-    """A thread that brings a started tracker what the run folder has. One failure is a warning; then it tries again
-    every `retry_seconds`, and a last time at the end."""
+    """A thread that brings a started tracker what the run folder has; what comes within `together_seconds` is delivered
+    together, which costs less. One failure is a warning; then it tries again every `retry_seconds`, and a last time at
+    the end."""
 
-    def __init__(self, tracker: Tracker, folder: Path, retry_seconds: float) -> None:
-        self._tracker, self._reports, self._retry_seconds = tracker, Reports(folder), retry_seconds
+    def __init__(self, tracker: Tracker, folder: Path, retry_seconds: float, together_seconds: float) -> None:
+        self._tracker, self._reports = tracker, Reports(folder)
+        self._retry_seconds, self._together_seconds = retry_seconds, together_seconds
         self._calls: deque[tuple[str, tuple[Any, ...]]] = deque()  # tags and files, which the folder has as well
         self._warned = False
         self._wake, self._stop = threading.Event(), threading.Event()
@@ -98,7 +100,9 @@ class Follower:
         while not self._stop.is_set():
             self._wake.wait()
             self._wake.clear()
-            if not self._stop.is_set() and not self._delivered():
+            if self._stop.is_set() or self._delivered():
+                self._stop.wait(self._together_seconds)
+            else:
                 self._stop.wait(self._retry_seconds)
                 self._wake.set()
 
@@ -106,6 +110,7 @@ class Follower:
         try:
             for report in self._reports.new():
                 self._tracker.log(report)
+            self._tracker.flush()
             while self._calls:
                 method, arguments = self._calls[0]
                 getattr(self._tracker, method)(*arguments)

@@ -1,7 +1,8 @@
 """MLflow: the same run, live. This module imports it late, with its telemetry and progress bars off.
 
 The store is a SQLite file beside the run folders unless `tracking.uri` names another; it is created under a file lock,
-because two processes that open a new store at once break each other. One batched call per step carries all scalars.
+because two processes that open a new store at once break each other. One batched call carries all scalars of a step, or
+of several that have come since the last.
 MLflow has no histogram and no chart for one, so each is drawn over training and logged as an image with key and step,
 which its comparison view pages through; the numbers themselves are in the run folder's files, logged at the end.
 """
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 6000, 8000, 36  # characters that MLflow takes
+BATCH = 1000  # metrics that MLflow takes in one call
 LOGGED = (".parquet", ".txt", ".diff", ".yaml", ".html", ".png", ".json", ".jsonl")
 NOT_LOGGED = ("checkpoints", "segments", "student", "status.json", "mlflow.json", "journal.jsonl")
 SHOWN = ("method", "optim", "rollout")  # groups of settings
@@ -128,7 +130,9 @@ class MLflow:
             started = _ms(run.folder, "started")
             self.run_id = self._client.create_run(store.experiment_id, started, tags, run.name).info.run_id
         last = [metric.step for metric in mine.data._metric_objs] if mine else []
-        self._last = max(last, default=-1)  # a report is one batch, and the last thing sent of its step
+        self._last = max(last, default=-1)  # no report is cut in two, and its scalars are the last thing sent of it
+        self._metrics: list[Any] = []
+        self._tags: dict[str, str] = {}
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / IDENTITY).write_text(json.dumps({"uri": store.uri, "run_id": self.run_id}))
         self._describe(run, set(mine.data.params) if mine else set())
@@ -162,19 +166,21 @@ class MLflow:
             self._client.log_inputs(self.run_id, _dataset_inputs(run.dataset))
 
     def log(self, report: Report) -> None:
-        """Pictures and pages first: the scalars, in one call, say that the report is complete."""
+        """Pictures and pages first: the scalars, which `flush` sends, say that the report is complete."""
         from mlflow.entities import Metric
 
         self._shown.add(report)
         if report.step <= self._last:
             return
+        if len(self._metrics) + len(report.scalars) > BATCH:
+            self.flush()
         with tempfile.TemporaryDirectory() as scratch:
             tags = self._shown.write(report, Path(scratch), seed=self._run_folder.name)
             if tags:
                 self._client.log_artifacts(self.run_id, scratch)
         at = round(1000 * (report.time or time.time()))
-        metrics = [Metric(name, value, at, report.step) for name, value in report.scalars.items()]
-        self._client.log_batch(self.run_id, metrics=metrics, tags=_tags(tags), synchronous=True)
+        self._metrics += [Metric(name, value, at, report.step) for name, value in report.scalars.items()]
+        self._tags |= tags
         self._last = report.step
 
     def artifact(self, path: Path, folder: str = "") -> None:
@@ -184,10 +190,14 @@ class MLflow:
         self._client.log_batch(self.run_id, tags=_tags({name: value}))
 
     def flush(self) -> None:
-        """Nothing waits here."""
+        """Send the scalars that wait; where that fails they wait on."""
+        if self._metrics:
+            self._client.log_batch(self.run_id, metrics=self._metrics, tags=_tags(self._tags), synchronous=True)
+            self._metrics, self._tags = [], {}
 
     def finish(self, status: str) -> None:
         """Log the run folder's files and all of its tags, and the student as a model; then close the run."""
+        self.flush()
         for path in sorted(self._run_folder.rglob("*")):
             inside = path.relative_to(self._run_folder)
             if path.is_file() and path.suffix in LOGGED and inside.parts[0] not in NOT_LOGGED:

@@ -68,9 +68,9 @@ class Shown:
         id = uuid.uuid5(uuid.NAMESPACE_URL, f"{seed} {key} {report.step}")
         stem = f"{key.replace('/', '~')}+step+{report.step}+timestamp+{round(1000 * report.time)}+{id}"
         (folder / "images").mkdir(exist_ok=True)
-        picture.save(folder / "images" / f"{stem}.png")
+        picture.save(folder / "images" / f"{stem}.png", compress_level=1)  # the fastest: there are many of them
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
-        picture.save(folder / "images" / f"{stem}+compressed.webp")
+        picture.save(folder / "images" / f"{stem}+compressed.webp", method=0)
 
 
 def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -62,10 +62,10 @@ class FanOut:
     name: ClassVar[str] = "all"
     remote: ClassVar[bool] = False
 
-    def __init__(self, trackers: Sequence[Tracker], retry_seconds: float = 30.0) -> None:
+    def __init__(self, trackers: Sequence[Tracker], retry_seconds: float = 30.0, together_seconds: float = 2.0) -> None:
         self._local = [tracker for tracker in trackers if not tracker.remote]
         self._remote = [tracker for tracker in trackers if tracker.remote]
-        self._retry_seconds = retry_seconds
+        self._pace = retry_seconds, together_seconds
         self._followers: list[Follower] = []
 
     def start(self, run: RunInfo) -> None:
@@ -83,7 +83,7 @@ class FanOut:
                     other.finish("FAILED")
                 raise
             started.append(tracker)
-        self._followers = [Follower(tracker, run.folder, self._retry_seconds) for tracker in self._remote]
+        self._followers = [Follower(tracker, run.folder, *self._pace) for tracker in self._remote]
 
     def log(self, report: Report) -> None:
         """Numbers that are not finite are logged as NaN and counted."""

@@ -31,7 +31,7 @@ def until(true: Callable[[], bool]) -> None:
 
 
 def started(folder: Path, *trackers: Flaky, retry_seconds: float = 0.001) -> FanOut:
-    fan = FanOut([RunFolder(), *trackers], retry_seconds)
+    fan = FanOut([RunFolder(), *trackers], retry_seconds, together_seconds=0.0)
     fan.start(info(folder))
     return fan
 

@@ -87,6 +87,7 @@ def test_a_run_that_goes_on_is_read_out_of_the_database(home: Path) -> None:
     tracker.start(info(home / "elsewhere"))
     tracker.log(report(3))
     tracker.log(Report(4, {"kl/reverse_mean_nats": math.nan}))
+    tracker.flush()
     for names in (None, ["kl/reverse_mean_nats"]):
         found = read.metrics(read.Store(store(home).uri, "tests"), names)
         found = found[found["name"] == "kl/reverse_mean_nats"]
