@@ -7,7 +7,7 @@ are not one quantity. What means the same for every method are the `YARDSTICKS`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from opd_lab.tracking import read
@@ -30,6 +30,7 @@ _KINDS = {  # what a divergence tag holds -> what kind of number it is
     "jsd": "a Jensen-Shannon divergence, nats",
 }
 NOT_SAID = "not said"
+SAID = 3  # conventions, and values of each, that a refusal spells out
 
 
 # The areas of metrics that mean the same for every method; any other is a method's own.
@@ -96,9 +97,9 @@ def same_axis(runs: read.Runs, metric: str) -> None:
     """
     if not metric.startswith("loss/") or not (differ := unlike(runs)):
         return
-    got = "; ".join(
-        f"{name}: " + ", ".join(f"{value} ({run})" for value, run in values.items()) for name, values in differ.items()
-    )
+    got = "; ".join(f"{name}: {_some(values)}" for name, values in list(differ.items())[:SAID])
+    if rest := list(differ)[SAID:]:
+        got += f"; they differ in {', '.join(rest)} too"
     kinds = dict.fromkeys(filter(None, map(_kind, differ.get("divergence", {}))))
     because = f" {' and '.join(kinds)} have no common unit;" if len(kinds) > 1 else ""
     instead = ", ".join(f"{name} ({about})" for name, about in YARDSTICKS.items())
@@ -106,6 +107,12 @@ def same_axis(runs: read.Runs, metric: str) -> None:
         f"{metric} can share an axis only where the loss is one quantity, got {got};{because} draw what means the same "
         f"for every method: {instead}"
     )
+
+
+def _some(values: Mapping[str, str]) -> str:
+    """`reverse_kl (run), jsd (other run) and 3 more`"""
+    said = ", ".join(f"{value} ({run})" for value, run in list(values.items())[:SAID])
+    return said + (f" and {len(values) - SAID} more" if len(values) > SAID else "")
 
 
 def _kind(divergence: str) -> str | None:

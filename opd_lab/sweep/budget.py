@@ -14,14 +14,17 @@ COUNTS = ("steps", "rollout.prompts", "rollout.per_prompt", "rollout.max_tokens"
 
 def lines(question: Question, slots: int, storage: str, card: Mapping[str, Any]) -> list[str]:
     """For people: what would be run, how much of it is done, and how long it may take."""
-    s, (_, first) = question.settings, question.samples[0]
+    s = question.settings
     points = question.space.points() if s.sampler in (None, "grid") else None
     target = s.trials or len(points or ())
     seeds = len(s.seeds or [0])
-    runs = [first] * target
-    if points is not None and any(p.key in COUNTS for p in question.space.parameters):
-        runs = [question.runs(point)[0][1] for point in points[:target]]
-    steps, rollouts, tokens = (seeds * sum(column) for column in zip(*map(_cost, runs)))
+    if not any(p.key in COUNTS for p in question.space.parameters):
+        costs = [_cost(question.samples[0][1])] * target
+    elif points is not None:
+        costs = [_cost(question.runs(point)[0][1]) for point in points[:target]]
+    else:
+        costs = [_dearest(question)] * target
+    steps, rollouts, tokens = (seeds * sum(column) for column in zip(*costs))
     left = target - card.get("done", 0)
     said = {
         "question": s.question,
@@ -41,6 +44,14 @@ def lines(question: Question, slots: int, storage: str, card: Mapping[str, Any])
 def _cost(run: RunSettings) -> tuple[int, int, int]:
     rollouts = run.steps * run.rollout.prompts * run.rollout.per_prompt
     return run.steps, rollouts, rollouts * run.rollout.max_tokens
+
+
+def _dearest(question: Question) -> tuple[int, int, int]:
+    """What a trial costs at the largest values that may be drawn."""
+    most = {p.key: p.most for p in question.space.parameters if p.key in COUNTS}
+    points = [point | {key: most[key] for key in most if key in point} for point in question.space.samples()]
+    steps, rollouts, tokens = zip(*(_cost(question.runs(point)[0][1]) for point in points))
+    return max(steps), max(rollouts), max(tokens)
 
 
 def _time(left: int, slots: int, trial_seconds: float | None) -> str:

@@ -13,7 +13,7 @@ import optuna
 from optuna import visualization
 from optuna.trial import FrozenTrial, TrialState
 
-from opd_lab.sweep.live import describe, tally
+from opd_lab.sweep.live import describe, duration, tally
 from opd_lab.sweep.question import Question
 from opd_lab.sweep.samplers import RETRY_OF
 from opd_lab.sweep.study import Study
@@ -65,7 +65,7 @@ class Saved:
         share = self.steps / (self.steps + self.steps_run) if self.steps else 0.0
         return (
             f"pruning {self.trials} trials saved {self.steps:,.0f} steps ({share:.0%}), "
-            f"{self.student_tokens:,.0f} student tokens and {self.seconds / 3600:.2f} h of training"
+            f"{self.student_tokens:,.0f} student tokens and {duration(self.seconds)} of training"
         )
 
 

@@ -137,7 +137,9 @@ def ask(cfg: DictConfig, arguments: Sequence[str], compose: Compose, loader: Any
     if settings.seeds and "seed" in said:
         raise ValueError(f"{said['seed']} has no effect with sweep.seeds={settings.seeds}; set sweep.seeds=null")
     overrides = [f"{key}={written(value)}" for key, value in fixed.items()] + list(said.values())
-    name = settings.name or file or "multirun-" + _digest([p.override("") + p.text for p in parameters], overrides)
+    digest = _digest([p.override("") + p.text for p in parameters], overrides)
+    elsewhere = [str(o.value()) for o in ours if o.get_key_element() == "tracking.experiment"]
+    name = settings.name or "-".join([file, *elsewhere] if file else ["multirun", digest])
     if not re.fullmatch(r"[\w.-]+", name):
         raise ValueError(f"sweep.name must be letters, digits, '_', '-' and '.', got {name}")
     if file and "tracking.experiment" not in fixed.keys() | said.keys():

@@ -32,6 +32,11 @@ class Parameter:
         """`optim.lr=0.001`"""
         return f"{self.prefix}{self.key}={self.words.get(value, repr(value))}"
 
+    @property
+    def most(self) -> Any:
+        """The largest value, of a key that holds numbers."""
+        return max(self.finite) if self.finite else self.distribution.high  # pyright: ignore[reportAttributeAccessIssue]
+
     def suggest(self, trial: Trial) -> Any:
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 

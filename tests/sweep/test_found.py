@@ -30,7 +30,19 @@ def test_what_pruning_saved():
     ]
     saved = found.saved(trials)
     assert (saved.trials, saved.steps, saved.student_tokens, saved.seconds) == (2, 14, 1000.0, 180.0)
-    assert str(saved) == "pruning 2 trials saved 14 steps (47%), 1,000 student tokens and 0.05 h of training"
+    assert str(saved) == "pruning 2 trials saved 14 steps (47%), 1,000 student tokens and 3 min of training"
+
+
+def test_the_budget_of_a_search_is_that_of_its_dearest_trials(tmp_path):
+    words = ["sweep.sampler=random", "sweep.trials=3", "steps=choice(6,2,4)", "rollout.prompts=range(1,9)"]
+    question = asked(tmp_path, "sweeps=smoke", *words, "rollout.per_prompt=2", "rollout.max_tokens=10", short=[])
+    (said,) = [line for line in budget.lines(question, 2, "x", {}) if line.startswith("budget")]
+    assert "at most 18 steps, 288 rollouts, 2,880 student tokens" in said  # 3 x 6; x 8 x 2; x 10
+
+
+def test_the_same_question_in_another_experiment_is_another_study(tmp_path):
+    assert asked(tmp_path, "sweeps=smoke", short=[]).name == "smoke"
+    assert asked(tmp_path, "sweeps=smoke", "tracking.experiment=other", short=[]).name == "smoke-other"
 
 
 def test_the_budget_of_a_dry_run(tmp_path, capsys):
