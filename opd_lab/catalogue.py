@@ -153,7 +153,7 @@ def hooks(cls: type[Method]) -> list[str]:
 
 def teacher(method: Method) -> str:
     """What a teacher must be able to say."""
-    must = teacher_must(method.needs().batch | method.needs().tokens)
+    must = teacher_must(method.needs().all)
     must |= {"text"} if method.needs().text else set()
     return ", ".join(SAYS[what] for what in SAYS if what in must) or "nothing"
 
@@ -161,7 +161,7 @@ def teacher(method: Method) -> str:
 def cost(method: Method) -> str:
     """What a step costs beside plain OPD's: each token written once by the student and scored once by the teacher."""
     needs = method.needs()
-    asked = needs.batch | needs.tokens
+    asked = needs.all
     extra = {
         "no teacher pass": "teacher" not in reads(asked),
         "a second student pass": "student" in reads(needs.batch - FREE.keys()),

@@ -44,13 +44,13 @@ def compatible(facts: Facts, parts: Parts) -> None:
             f"method {type(parts.method).__module__.rpartition('.')[2]} asks the teacher for text, "
             f"teacher={facts.teacher} can only score; use teacher=local or teacher=server"
         )
-    if lacking := teacher_must(needs.batch | needs.tokens) - parts.teacher.provides:
-        wanted = ", ".join(sorted(str(s) for s in needs.batch | needs.tokens if teacher_must(frozenset({s})) & lacking))
+    if lacking := teacher_must(needs.all) - parts.teacher.provides:
+        wanted = ", ".join(sorted(str(s) for s in needs.all if teacher_must(frozenset({s})) & lacking))
         raise ValueError(
             f"{type(parts.method).__name__} needs {wanted} of the teacher, teacher={facts.teacher} can only give "
             f"{', '.join(sorted(parts.teacher.provides))}; use teacher=local"
         )
-    if parts.reference is None and "reference" in reads(needs.batch | needs.tokens):
+    if parts.reference is None and "reference" in reads(needs.all):
         raise ValueError(
             f"{type(parts.method).__name__} needs the reference model, the frozen initial student; got none"
         )
@@ -170,7 +170,7 @@ def first_step(settings: RunSettings, parts: Parts, state: State) -> list[str]:
         )
     seen.append(f"micro-batch 1 against all: gradient differs by {difference:.1e} of its norm")
     needs = parts.method.needs()
-    if teacher_must(needs.batch | needs.tokens) or needs.text:
+    if teacher_must(needs.all) or needs.text:
         seen += _teacher_counts(parts, gradient, whole)
     return seen
 

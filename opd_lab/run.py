@@ -73,7 +73,7 @@ def load_parts(settings: RunSettings, say: Say) -> Parts:
     method.check(facts)
     parts = replace(parts, method=method.bind(facts))
     needs = parts.method.needs()
-    if "reference" in reads(needs.batch | needs.tokens):
+    if "reference" in reads(needs.all):
         reference = models.load(pair.reference or pair.student, device=pair.device, name="reference")
         _, reference, _ = pairing.match(student, reference, pair.stop_ids, pair.stop_event)
         parts = replace(parts, reference=reference.freeze())
@@ -186,6 +186,8 @@ def identity(
     params = flat({k: v for k, v in dataclasses.asdict(settings).items() if k not in ("tracking", "allow")})
     b = settings.rollout
     conventions = {"loss_temperature": "1"} | parts.method.conventions()
+    if "topk_k" in conventions:  # a k beyond the vocabulary is all of it
+        conventions["topk_k"] = str(min(int(conventions["topk_k"]), parts.student.vocabulary))
     tags = conventions | {
         "conventions": " ".join(conventions),
         "method": method_name,

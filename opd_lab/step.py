@@ -81,7 +81,7 @@ def whole_batch(
     the method declared for the whole batch, computed only where the rollouts do not carry them. `record` names the
     signals that the diagnostics will want beside the method's."""
     needs = method.needs()
-    asked = needs.batch | needs.tokens | record
+    asked = needs.all | record
     ask_for = frozenset(needs.batch - FREE.keys())
     signals = {s: getattr(rollouts, FREE[s]) for s in needs.batch & FREE.keys()}
     parts: dict[Signal, list[Tensor]] = {signal: [] for signal in ask_for}

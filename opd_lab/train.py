@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from opd_lab import checkpoint
-from opd_lab.chunk import teacher_must
+from opd_lab.chunk import Declared, teacher_must
 from opd_lab.data.prompts import Example, PromptStream
 from opd_lab.diagnostics import RECORD
 from opd_lab.diagnostics.alerts import GRADIENT, Alarm, AlarmError, diverged, rows
@@ -150,7 +150,7 @@ class Trainer:
 
     def advance(self) -> Report:
         """One step of Algorithm 1, and its report, which is numbered by the steps done: the first is 1."""
-        s, p = self.settings, self.parts
+        s, p, needs = self.settings, self.parts, self.parts.method.needs()
         self.clock = {}
         begin = time.perf_counter()
         batch, views = self.collect()
@@ -167,15 +167,16 @@ class Trainer:
                 self.optimizer,
                 s.optim,
                 rate=learning_rate(s.optim, self.step, s.steps),
-                record=self.record,
+                record=self.record | needs.update,
             )
         gradient, weights = learned.gradient, learned.weights
         self.totals["skipped_steps"] += learned.skipped
         self.step += 1
-        known = {signal: batch[signal] for signal in p.method.needs().batch}
-        batch = replace(batch, tallies=gradient.tallies, losses=gradient.losses, later=learned.later)
-        seen = replace(batch, signals=gradient.signals | known, step=self.step)
-        self.state = self.parts.method.update(self.state, batch)
+        signals = gradient.signals | {signal: batch[signal] for signal in needs.batch}
+        told = Declared(signals, needs.batch | needs.update, f"needs().batch or .update of {type(p.method).__name__}")
+        batch = replace(batch, signals=told, tallies=gradient.tallies, losses=gradient.losses, later=learned.later)
+        seen = replace(batch, signals=signals, step=self.step)
+        self.state = p.method.update(self.state, batch)
         with self.timed("diagnostics"):
             report = self.watch.observe(seen, weights, gradient.losses, p.method.metrics(seen, weights))
             report.tables |= p.method.tables(seen)

@@ -176,11 +176,17 @@ class TopK(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """The signals a method reads: `batch` over the whole step without gradient, `tokens` inside its losses."""
+    """The signals a method reads: `batch` over the whole step before the gradient, `tokens` inside its losses, `update`
+    over the whole step in `update`, which are read off the gradient's pass and cost no pass of their own."""
 
     batch: frozenset[Signal] = frozenset()
     tokens: frozenset[Signal] = frozenset()
+    update: frozenset[Signal] = frozenset()
     text: bool = False  # the teacher is asked to continue texts
+
+    @property
+    def all(self) -> frozenset[Signal]:
+        return self.batch | self.tokens | self.update
 
 
 @dataclass(frozen=True, slots=True)

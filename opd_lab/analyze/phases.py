@@ -33,7 +33,7 @@ from opd_lab.analyze.subject import Subject, open_run
 from opd_lab.chunk import Chunk
 from opd_lab.data.arithmetic import first_slip
 from opd_lab.data.prompts import Example
-from opd_lab.methods.fire_opd import quantile
+from opd_lab.methods.base import quantile
 from opd_lab.methods.kat import KAT
 from opd_lab.methods.kat_scan import Trap, lowest, scan, split
 from opd_lab.models import evaluating

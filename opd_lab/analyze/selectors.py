@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from opd_lab.methods.fire_opd import quantile
+from opd_lab.methods.base import quantile
 from opd_lab.methods.rock_scores import CONFIDENCE, TypeTable, top
 
 QUADRANTS = ("rock", "learned", "regressed", "easy")

@@ -27,11 +27,12 @@ from opd_lab.types import (
     Rollouts,
     Signal,
     Source,
+    jsd,
     outside,
     overlap,
 )
 
-OVERLAP, OUTSIDE = overlap(16), outside(16)
+OVERLAP, OUTSIDE, HALF = overlap(16), outside(16), jsd(0.5)
 
 # What the trainer records on the chunk, for every method.
 RECORD: frozenset[Signal] = frozenset(
@@ -42,6 +43,7 @@ RECORD: frozenset[Signal] = frozenset(
         ENTROPY_TEACHER,
         REVERSE_KL,
         FORWARD_KL,
+        HALF,
         TOTAL_VARIATION,
         RANK_TEACHER,
         OVERLAP,
@@ -92,6 +94,7 @@ def scalars(batch: Batch, weights: Mapping[str, Tensor], high_loss_quantile: flo
 _MEANS = {
     "kl/reverse_mean_nats": REVERSE_KL,
     "kl/forward_mean_nats": FORWARD_KL,
+    "kl/jsd_mean_nats": HALF,
     "entropy/student_mean_nats": ENTROPY_STUDENT,
     "entropy/teacher_mean_nats": ENTROPY_TEACHER,
     "teacher/logp_mean_nats": LOGP_TEACHER,

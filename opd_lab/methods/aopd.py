@@ -28,7 +28,7 @@ from torch import Tensor
 
 from opd_lab import divergence as d
 from opd_lab.methods.base import TRAINED, choice, within
-from opd_lab.methods.policy_gradient import BASES, PolicyGradient, base_loss, per_rollout, seen
+from opd_lab.methods.policy_gradient import BASES, PolicyGradient, base_loss, per_rollout
 from opd_lab.types import LOGP_STUDENT, LOGP_TEACHER, Batch, Facts, Needs, Tokens, topk
 
 
@@ -68,7 +68,7 @@ class AOPD(PolicyGradient):
         return logq.exp() - logp.exp() <= self.tau
 
     def metrics(self, batch: Batch, weights: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
-        logp_BT, logq_BT = seen(batch, LOGP_STUDENT), seen(batch, LOGP_TEACHER)
+        logp_BT, logq_BT = batch.signals.get(LOGP_STUDENT), batch.signals.get(LOGP_TEACHER)
         if logp_BT is None or logq_BT is None:
             return {}
         gate_N = self.gated(logp_BT, logq_BT)[batch.rollouts.mask_BT]
@@ -77,7 +77,8 @@ class AOPD(PolicyGradient):
     def conventions(self) -> dict[str, str]:
         return super().conventions() | {
             "divergence": "reverse_kl_or_forward_kl",
-            "estimator": f"k1_score+top{self.k}",
+            "estimator": "k1_score+topk",
+            "topk_k": str(self.k),
             "denominator": "rollouts",
             "topk_tail": self.tail,
         }

@@ -28,6 +28,7 @@ A method is immutable. Its fields are the YAML keys, the MLflow params and the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
@@ -208,3 +209,12 @@ def rollout_mean(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Mean over each rollout's generated tokens, float64; NaN for a rollout without any."""
     total_B = value_BT.double().masked_fill(~mask_BT, 0.0).sum(1)
     return total_B / mask_BT.sum(1).double().masked_fill(~mask_BT.any(1), torch.nan)
+
+
+def quantile(value_N: Tensor, percent: float) -> Tensor:
+    """Linear between the sorted values. The position is multiplied first and divided last, so that a whole one stays
+    whole and no value too many falls below it. NaN without values."""
+    if not len(value_N):
+        return value_N.new_tensor(torch.nan)
+    sorted_N, position = value_N.sort().values, percent * (len(value_N) - 1) / 100
+    return torch.lerp(sorted_N[math.floor(position)], sorted_N[math.ceil(position)], position % 1)

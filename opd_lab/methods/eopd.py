@@ -28,7 +28,7 @@ from torch import Tensor
 
 from opd_lab.divergence import forward_kl
 from opd_lab.methods.base import TRAINED, Method, choice, within
-from opd_lab.methods.policy_gradient import BASES, base_is_a_choice, base_loss, own_tokens, seen
+from opd_lab.methods.policy_gradient import BASES, base_is_a_choice, base_loss, own_tokens
 from opd_lab.types import ENTROPY_TEACHER, Batch, Facts, Needs, Tokens, TopK, topk
 
 
@@ -78,7 +78,7 @@ class EOPD(Method):
         return entropy >= self.tau if self.gate == "at_least" else entropy > self.tau
 
     def metrics(self, batch: Batch, weights: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
-        entropy_BT = seen(batch, ENTROPY_TEACHER)
+        entropy_BT = batch.signals.get(ENTROPY_TEACHER)
         if entropy_BT is None:
             return {}
         open_N = self.opened(entropy_BT[batch.rollouts.mask_BT])
@@ -87,7 +87,8 @@ class EOPD(Method):
     def conventions(self) -> dict[str, str]:
         return super().conventions() | {
             "divergence": f"reverse_kl+gated_forward_kl_{self.mode}",
-            "estimator": ("k1_score" if self.base == "sampled" else "full_vocabulary") + f"+top{self.k}",
+            "estimator": ("k1_score" if self.base == "sampled" else "full_vocabulary") + "+topk",
+            "topk_k": str(self.k),
         }
 
 

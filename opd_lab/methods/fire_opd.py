@@ -45,7 +45,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from opd_lab.methods.base import TRAINED, Method, choice, rollout_mean, within
+from opd_lab.methods.base import TRAINED, Method, choice, quantile, rollout_mean, within
 from opd_lab.types import (
     ENTROPY_STUDENT,
     ENTROPY_TEACHER,
@@ -188,7 +188,7 @@ class FireOPD(Method):
         scored_B = ~score_B.isnan()
         sides = {"kept": kept_BT.any(1), "dropped": scored_B & ~kept_BT.any(1)}
         confidence_BT, confusion_BT = self.certainties(batch)
-        kl_BT = dict(batch.signals).get(REVERSE_KL, batch[LOGP_TEACHER] * torch.nan)
+        kl_BT = batch.signals.get(REVERSE_KL, batch[LOGP_TEACHER] * torch.nan)
         pull_N = (weight_N * (rollouts.logp_BT - batch[LOGP_TEACHER])[kept_BT]).abs().sort(descending=True).values
         hard = self.rollout_mode == "hard"  # a soft filter has no threshold
         values: dict[str, float | Tensor] = {
@@ -230,15 +230,6 @@ def thresholds(score_B: Tensor, scope_B: Tensor, percent: float) -> Tensor:
         inside_B = (scope_B == scope) & ~score_B.isnan()
         tau_B[inside_B] = quantile(score_B[inside_B], percent)
     return tau_B
-
-
-def quantile(value_N: Tensor, percent: float) -> Tensor:
-    """Linear between the sorted values. The position is multiplied first and divided last, so that a whole one stays
-    whole and no value too many falls below it. NaN without values."""
-    if not len(value_N):
-        return value_N.new_tensor(torch.nan)
-    sorted_N, position = value_N.sort().values, percent * (len(value_N) - 1) / 100
-    return torch.lerp(sorted_N[math.floor(position)], sorted_N[math.ceil(position)], position % 1)
 
 
 def places(value_BT: Tensor) -> Tensor:

@@ -47,8 +47,7 @@ import torch
 from torch import Tensor
 
 from opd_lab import divergence as d
-from opd_lab.methods.base import TRAINED, Ask, Method, choice, within
-from opd_lab.methods.fire_opd import quantile
+from opd_lab.methods.base import TRAINED, Ask, Method, choice, quantile, within
 from opd_lab.methods.kat_scan import Trap, lowest, phases, report, scan, smoothed
 from opd_lab.types import REVERSE_KL, Batch, Behavior, Facts, Needs, Signal, State, StopRule, Tokens, topk_reverse_kl
 

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from opd_lab import divergence as d
 from opd_lab.methods.base import TRAINED, Method, choice, within
-from opd_lab.methods.policy_gradient import ON_AVERAGE, seen
+from opd_lab.methods.policy_gradient import ON_AVERAGE
 from opd_lab.types import FULL_STUDENT, LOGP_STUDENT, LOGP_TEACHER, Batch, Facts, Needs, Tokens
 
 ESTIMATORS = {"k1": d.k1, "k2": d.k2, "k3": d.k3}
@@ -119,7 +119,7 @@ class OPDSampled(Method):
         return -d.k1(tokens[LOGP_STUDENT] - tokens[LOGP_TEACHER])
 
     def metrics(self, batch: Batch, weights: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
-        logp_BT, logq_BT = seen(batch, LOGP_STUDENT), seen(batch, LOGP_TEACHER)
+        logp_BT, logq_BT = batch.signals.get(LOGP_STUDENT), batch.signals.get(LOGP_TEACHER)
         if logp_BT is None or logq_BT is None:
             return {}
         advantage_N = (logq_BT - logp_BT)[batch.rollouts.mask_BT].double()

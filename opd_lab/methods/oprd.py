@@ -202,7 +202,7 @@ class Oprd(Method):
 
     def conventions(self) -> dict[str, str]:
         kinds = {"none": "", "sampled": "+k1_score", "topk": "+topk", "full": "+full_vocabulary"}
-        return {
+        return ({"topk_k": "16"} if self.token_loss == "topk" else {}) | {
             "divergence": ("hidden_l2" if self.normalize == "l2" else "hidden_raw")
             + ("" if self.token_loss == "none" else "+reverse_kl"),
             "estimator": f"{self.name}_{self.align}_{self.reduce}{kinds[self.token_loss]}",

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from opd_lab import divergence as d
-from opd_lab.methods.base import TRAINED, Method, choice
-from opd_lab.methods.fire_opd import quantile
-from opd_lab.types import LOGP_STUDENT, LOGP_TEACHER, REVERSE_KL, Batch, Facts, Needs, Signal, Tokens
+from opd_lab.methods.base import TRAINED, Method, choice, quantile
+from opd_lab.types import LOGP_STUDENT, LOGP_TEACHER, REVERSE_KL, Facts, Needs, Signal, Tokens
 
 ON_AVERAGE = "a sampled token points to the teacher on average only, which tests/methods/test_on_average.py shows"
 BASES: dict[str, frozenset[Signal]] = {
@@ -133,8 +132,3 @@ def share_kept(name: str, value: float) -> None:
     if not 0 < value <= 1:
         hint = f"; did you mean {value / 100:g}?" if 1 < value <= 100 else ""
         raise ValueError(f"method.{name} is the fraction of tokens kept, in (0, 1], got {value:g}{hint}")
-
-
-def seen(batch: Batch, signal: Signal) -> Tensor | None:
-    """A signal that `metrics` may or may not find: declared for the batch, or recorded by the diagnostics."""
-    return dict(batch.signals).get(signal)

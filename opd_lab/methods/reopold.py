@@ -33,7 +33,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from opd_lab.methods.base import TRAINED, within
-from opd_lab.methods.policy_gradient import PolicyGradient, highest, log_ratio, seen, share_kept
+from opd_lab.methods.policy_gradient import PolicyGradient, highest, log_ratio, share_kept
 from opd_lab.types import ENTROPY_STUDENT, LOGP_STUDENT, LOGP_TEACHER, Batch, Needs, Tokens
 
 
@@ -61,7 +61,7 @@ class ReopoldClip(PolicyGradient):
         return log_ratio(tokens).clamp(min=self.floor)
 
     def metrics(self, batch: Batch, weights: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
-        logp_BT, logq_BT = seen(batch, LOGP_STUDENT), seen(batch, LOGP_TEACHER)
+        logp_BT, logq_BT = batch.signals.get(LOGP_STUDENT), batch.signals.get(LOGP_TEACHER)
         if logp_BT is None or logq_BT is None:
             return {}
         below_N = (logq_BT - logp_BT)[batch.rollouts.mask_BT] < self.floor

@@ -44,11 +44,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from opd_lab.methods.base import TRAINED, Ask, Method, choice, rollout_mean, within
+from opd_lab.methods.base import TRAINED, Ask, Method, choice, quantile, rollout_mean, within
 from opd_lab.methods.coins import token_coins
-from opd_lab.methods.fire_opd import quantile
 from opd_lab.methods.rock_scores import SCORES, TypeTable, tabulate, top
-from opd_lab.types import REVERSE_KL, Batch, Facts, Needs, State
+from opd_lab.types import REVERSE_KL, Batch, Facts, Needs, Signal, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +107,9 @@ class RockTokens(Method):
             )
 
     def needs(self) -> Needs:
-        reads = {REVERSE_KL} if self.window == "high_run" or self.source == "online" else set()
-        return Needs(batch=frozenset(reads), tokens=frozenset({REVERSE_KL}))
+        kl, none = frozenset({REVERSE_KL}), frozenset[Signal]()
+        online = self.source == "online"
+        return Needs(batch=kl if self.window == "high_run" else none, tokens=kl, update=kl if online else none)
 
     def consult(self, ask: Ask, batch: Batch) -> dict[str, Tensor]:
         frozen_BT = self.with_window(batch, self.hits(batch))
@@ -188,7 +188,7 @@ class RockTokens(Method):
 
     def metrics(self, batch: Batch, weights: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
         mask_BT, frozen_BT = batch.rollouts.mask_BT, batch.consulted["frozen"]
-        kl_BT = dict(batch.signals).get(REVERSE_KL, batch.rollouts.logp_BT * torch.nan).double()
+        kl_BT = batch.signals.get(REVERSE_KL, batch.rollouts.logp_BT * torch.nan).double()
         frozen_N, other_N = kl_BT[frozen_BT], kl_BT[mask_BT & ~frozen_BT]
         token_share, hit_BT = mean(frozen_BT[mask_BT]), self.hits(batch)
         kl_share = (frozen_N.sum() / kl_BT[mask_BT].sum()).item()

@@ -254,7 +254,7 @@ class SCOPE(Method):
     def metrics(self, batch: Batch, weights: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
         paths, logp_BT = self.paths(batch), batch[self.logp]
         missing_B = self.routed(batch)[1] & ~paths["wrong"].member_B
-        logq_BT = dict(batch.signals).get(LOGP_TEACHER, torch.full_like(logp_BT, torch.nan))
+        logq_BT = batch.signals.get(LOGP_TEACHER, torch.full_like(logp_BT, torch.nan))
         values = report(batch, paths, missing_B, logp_BT, logq_BT) | shares(batch, weights)
         return {f"scope/{name}": value for name, value in values.items()}
 
@@ -266,11 +266,15 @@ class SCOPE(Method):
         forms = {"full": "full_vocabulary", "topk": "topk_teacher_renormalise"}
         correct = {"likelihood": self.trains["correct"] and self.route == "verifier"}
         tempered = {} if self.temperature == 1 else {"loss_temperature": f"{self.temperature:g}"}
-        return tempered | {
-            "divergence": "+".join(k for k, v in {"reverse_kl": self.trains["wrong"], **correct}.items() if v),
-            "estimator": forms.get(self.wrong_loss, "k1_ratio"),
-            "denominator": "tokens" if alike else self.denominator,
-        }
+        return (
+            tempered
+            | ({"topk_k": str(self.topk)} if self.wrong_loss == "topk" else {})
+            | {
+                "divergence": "+".join(k for k, v in {"reverse_kl": self.trains["wrong"], **correct}.items() if v),
+                "estimator": forms.get(self.wrong_loss, "k1_ratio"),
+                "denominator": "tokens" if alike else self.denominator,
+            }
+        )
 
 
 def ratio(tokens: Tokens, temperature: float) -> Tensor:

@@ -28,8 +28,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from opd_lab.methods.base import TRAINED, Method, choice
-from opd_lab.methods.fire_opd import quantile
+from opd_lab.methods.base import TRAINED, Method, choice, quantile
 from opd_lab.methods.policy_gradient import (
     BASES,
     base_is_a_choice,

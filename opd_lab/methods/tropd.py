@@ -45,10 +45,10 @@ from typing import ClassVar, Self
 from torch import Tensor
 
 from opd_lab import divergence as d
-from opd_lab.methods.base import choice, within
+from opd_lab.methods.base import choice, quantile, within
 from opd_lab.methods.coins import token_coins
-from opd_lab.methods.fire_opd import mean, quantile
-from opd_lab.methods.policy_gradient import BASES, ON_AVERAGE, log_ratio, own_tokens, seen
+from opd_lab.methods.fire_opd import mean
+from opd_lab.methods.policy_gradient import BASES, ON_AVERAGE, log_ratio, own_tokens
 from opd_lab.methods.teacher_prefix import TeacherPrefix, students, teachers
 from opd_lab.types import (
     LOGP_STUDENT,
@@ -202,9 +202,9 @@ class TrOPD(TeacherPrefix):
         trust_N = batch.consulted["trust"][own_BT]
         values: dict[str, float | Tensor] = {"outlier_fraction": 1 - mean(trust_N), **self.prefix_metrics(batch)}
         for name, signal in (("reverse_kl_mean_nats", REVERSE_KL), ("total_variation_mean_fraction", TOTAL_VARIATION)):
-            if (value_BT := seen(batch, signal)) is not None:
+            if (value_BT := batch.signals.get(signal)) is not None:
                 values[name] = mean(value_BT[own_BT])
-        logp_BT, logq_BT = seen(batch, LOGP_STUDENT), seen(batch, LOGP_TEACHER)
+        logp_BT, logq_BT = batch.signals.get(LOGP_STUDENT), batch.signals.get(LOGP_TEACHER)
         if logp_BT is not None and logq_BT is not None:
             values |= self.of_gaps((logp_BT - logq_BT)[own_BT].double(), trust_N)
         for name, total in batch.tallies.items():

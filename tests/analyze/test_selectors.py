@@ -19,7 +19,7 @@ from opd_lab.analyze.selectors import (
     recalcitrant,
     shares,
 )
-from opd_lab.methods.fire_opd import quantile
+from opd_lab.methods.base import quantile
 from opd_lab.methods.rock_scores import SCORES, TypeTable, rock_score, student_t_quantile, tabulate, top
 
 IDS = torch.tensor([7, 3, 7, 5, 2, 3, 7, 9, 7, 3, 2])

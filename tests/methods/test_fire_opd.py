@@ -12,7 +12,8 @@ from torch import Tensor
 
 from opd_lab.chunk import Chunk
 from opd_lab.divergence import weighted_mean
-from opd_lab.methods.fire_opd import FireOPD, places, quantile
+from opd_lab.methods.base import quantile
+from opd_lab.methods.fire_opd import FireOPD, places
 from opd_lab.types import (
     ENTROPY_STUDENT,
     ENTROPY_TEACHER,

@@ -20,7 +20,7 @@ from opd_lab.analyze.rock import figures
 from opd_lab.analyze.rock.corpus import SELECT, paired
 from opd_lab.analyze.selectors import QUADRANTS, quadrants, recalcitrant
 from opd_lab.analyze.subject import open_run
-from opd_lab.methods.fire_opd import quantile
+from opd_lab.methods.base import quantile
 
 SHOWN = 20  # types printed
 
