@@ -6,6 +6,7 @@ The contract's bench has a vocabulary of 13, in which the lab's rocks do not occ
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -118,8 +119,11 @@ def test_the_files_belong_to_the_shipped_tokenizer(path: Path, tokenizer: Any) -
         assert method.token_ids == ()
         return
     assert method.tokenizer_digest == tokenizer_digest(cast(Any, SimpleNamespace(tokenizer=tokenizer)))
-    connectives = tuple(tokenizer.convert_tokens_to_ids(list(arithmetic.CONNECTIVES)))
-    assert (method.token_ids == connectives) == (path.stem != "rock_tokens_random_types")
+    words = tokenizer.convert_ids_to_tokens(list(method.token_ids))
+    (said,) = re.findall(r"(?:here the lab's|# Types:) (?:connectives: )?([^.\n]*)", path.read_text())
+    assert words == said.split(), "the file says which types it freezes"
+    others = ("random_types", "top_frequency", "top_mean_kl", "recalcitrance", "protect_pillars")
+    assert (set(words) == set(arithmetic.CONNECTIVES)) == (not path.stem.endswith(others))
 
 
 def test_the_random_types_are_as_frequent_as_the_connectives(tokenizer: Any) -> None:
