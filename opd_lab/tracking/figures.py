@@ -8,6 +8,7 @@ training. Axes and colours are the same for every run, so pictures can be laid s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from opd_lab.bins import edges
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 LEAST_SHARE = 1e-4  # colour is logarithmic from here to 1; below it a bin is left white
 KL_RANGE = (1e-3, 10.0)  # nats; likewise, and the ends stand for what lies beyond
 LEFT, TOP, RIGHT, BOTTOM = 56, 26, 12, 34  # margins, pixels
+WHITE = 255  # the palette's last place; before it stand the shades
 WIDTH, HEIGHT = 480, 480  # square, as the frames of MLflow's charts are
 
 
@@ -45,36 +47,58 @@ def position_map(name: str, steps: Sequence[int], kl_SK: Sequence[Sequence[float
     return _drawn(title, steps, _coloured(depth_SK, ~np.isnan(depth_SK)), ticks)
 
 
-def _coloured(depth_SK: np.ndarray, there_SK: np.ndarray) -> np.ndarray:
-    """Depths in [0, 1] as colours, shape SK3."""
+@cache
+def _palette() -> list[int]:
+    """The colours as Pillow keeps them: pale to dark, then white."""
     import matplotlib
     import numpy as np
 
-    colour_SK3 = (matplotlib.colormaps["viridis_r"](np.nan_to_num(depth_SK))[..., :3] * 255).astype(np.uint8)
-    colour_SK3[~there_SK] = 255
-    return colour_SK3
+    shades = matplotlib.colormaps["viridis_r"](np.linspace(0, 1, WHITE))[:, :3]
+    return [*(shades * 255).astype(int).flatten().tolist(), 255, 255, 255]
 
 
-def _drawn(title: str, steps: Sequence[int], colour_SK3: np.ndarray, ticks: Mapping[float, str]) -> Image:
-    """The picture with its axes; ticks are at fractions of the height."""
+def _coloured(depth_SK: np.ndarray, there_SK: np.ndarray) -> np.ndarray:
+    """Depths in [0, 1] as places in the palette, shape SK."""
+    import numpy as np
+
+    shade_SK = (np.nan_to_num(depth_SK) * WHITE).clip(0, WHITE - 1).astype(np.uint8)
+    shade_SK[~there_SK] = WHITE
+    return shade_SK
+
+
+@lru_cache(maxsize=64)
+def _axes(title: str, ticks: tuple[tuple[float, str], ...]) -> Image:
+    """What is the same at every step; ticks are at fractions of the height."""
+    from PIL import Image, ImageDraw
+
+    across, upwards = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((LEFT - 1, TOP - 1, LEFT + across, TOP + upwards), outline="black")
+    draw.text((LEFT, 6), title, fill="black")
+    for height, text in ticks:
+        y = TOP + upwards * (1 - height)
+        draw.text((LEFT - 6, y), text, fill="black", anchor="rm")
+        draw.line((LEFT - 4, y, LEFT - 1, y), fill="black")
+    draw.text((LEFT + across / 2, HEIGHT - 14), "step", fill="black", anchor="ma")
+    return picture
+
+
+def _drawn(title: str, steps: Sequence[int], shade_SK: np.ndarray, ticks: Mapping[float, str]) -> Image:
+    """The picture with its axes."""
     import numpy as np
     from PIL import Image, ImageDraw
 
     across, upwards = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     end = 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1  # the last column is as wide as the one before
     at_X = np.searchsorted(steps, np.linspace(steps[0], end, across, endpoint=False), side="right") - 1
-    bin_Y = np.arange(upwards)[::-1] * colour_SK3.shape[1] // upwards
-    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    picture.paste(Image.fromarray(colour_SK3[at_X[None, :], bin_Y[:, None]]), (LEFT, TOP))
+    bin_Y = np.arange(upwards)[::-1] * shade_SK.shape[1] // upwards
+    inside = Image.fromarray(shade_SK[at_X[None, :], bin_Y[:, None]])
+    inside.putpalette(_palette())
+    picture = _axes(title, tuple(ticks.items())).copy()
+    picture.paste(inside.convert("RGB"), (LEFT, TOP))
     draw = ImageDraw.Draw(picture)
-    draw.rectangle((LEFT - 1, TOP - 1, LEFT + across, TOP + upwards), outline="black")
-    draw.text((LEFT, 6), title, fill="black")
-    for height, text in ticks.items():
-        y = TOP + upwards * (1 - height)
-        draw.text((LEFT - 6, y), text, fill="black", anchor="rm")
-        draw.line((LEFT - 4, y, LEFT - 1, y), fill="black")
     draw.text((LEFT, HEIGHT - 22), str(steps[0]), fill="black", anchor="ma")
-    draw.text((LEFT + across / 2, HEIGHT - 14), "step", fill="black", anchor="ma")
     last = LEFT + across * (steps[-1] - steps[0]) / (end - steps[0])
     if last > LEFT + 40:
         draw.text((last, HEIGHT - 22), str(steps[-1]), fill="black", anchor="ma")

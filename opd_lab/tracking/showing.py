@@ -64,13 +64,15 @@ class Shown:
         return tags
 
     def _picture(self, picture: Image, name: str, report: Report, folder: Path, seed: str) -> None:
+        from PIL.Image import Resampling
+
         key = re.sub(r"[^\w\-./ ]", "_", name, flags=re.A)
         id = uuid.uuid5(uuid.NAMESPACE_URL, f"{seed} {key} {report.step}")
         stem = f"{key.replace('/', '~')}+step+{report.step}+timestamp+{round(1000 * report.time)}+{id}"
         (folder / "images").mkdir(exist_ok=True)
         picture.save(folder / "images" / f"{stem}.png", compress_level=1)  # the fastest: there are many of them
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
-        picture.save(folder / "images" / f"{stem}+compressed.webp", method=0)
+        small = picture.resize((THUMBNAIL, THUMBNAIL), Resampling.BOX)
+        small.save(folder / "images" / f"{stem}+compressed.webp", method=0)
 
 
 def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:
