@@ -150,7 +150,7 @@ def ask(cfg: DictConfig, arguments: Sequence[str], compose: Compose, loader: Any
     objective = settings.objective or {base.objective: direction(base.objective)}
     for metric in objective:
         comparable(metric, [p.key for p in parameters])
-    _prunable(settings, objective, base)
+    _prunable(settings, objective, base, [p.key for p in parameters])
     condition = _condition(settings.condition, base, overrides, compose)
     return Question(name, settings, Space(parameters, condition), overrides, objective, compose, threads)
 
@@ -167,7 +167,7 @@ def composed(compose: Compose, overrides: Sequence[str]) -> DictConfig:
         raise ValueError(explain(error, overrides)) from None
 
 
-def _prunable(s: SweepSettings, objective: Mapping[str, str], base: DictConfig) -> None:
+def _prunable(s: SweepSettings, objective: Mapping[str, str], base: DictConfig, space: Sequence[str]) -> None:
     metric = next(iter(objective))
     if s.pruner is None:
         return
@@ -175,6 +175,12 @@ def _prunable(s: SweepSettings, objective: Mapping[str, str], base: DictConfig) 
         raise ValueError(
             f"sweep.pruner={s.pruner} needs a number from every evaluation, got objective {metric} with "
             f"evaluate.every={base.evaluate.every}; choose eval/validation/* and evaluate.every >= 1"
+        )
+    once = base.evaluate.every >= base.steps and len(s.seeds or [0]) == 1
+    if once and not {"steps", "evaluate.every"} & set(space):
+        raise ValueError(
+            f"sweep.pruner={s.pruner} needs an evaluation before the last step, evaluate.every < steps, "
+            f"got evaluate.every={base.evaluate.every} with steps={base.steps}; evaluate more often, or set it to null"
         )
     if s.pruner == "wilcoxon" and not metric.startswith("eval/validation/avg_at_"):
         raise ValueError(f"sweep.pruner=wilcoxon compares the accuracy of problems, got objective {metric}")

@@ -10,7 +10,7 @@ from opd_lab.sweep import budget, found, owner
 from opd_lab.sweep.contract import Launcher
 from opd_lab.sweep.live import view
 from opd_lab.sweep.question import Question
-from opd_lab.sweep.study import Study, not_mlflow, open_study
+from opd_lab.sweep.study import Study, masked, not_mlflow, open_study
 from opd_lab.sweep.trials import TRAIN, NoTree, Plan, Tree, Trials
 
 
@@ -24,7 +24,8 @@ def run(question: Question, launcher: Launcher, task: str = TRAIN) -> int:
     home = Path(settings.tracking.folder)
     folder = owner.home(home) / question.name
     if question.settings.dry_run:
-        print("\n".join(budget.lines(question, launcher.slots, _uri(question, folder), owner.read_card(folder))))
+        study = masked(_uri(question, folder))
+        print("\n".join(budget.lines(question, launcher.slots, study, owner.read_card(folder))))
         return 0
     with ExitStack() as held:
         held.enter_context(owner.alone(folder))
@@ -47,7 +48,7 @@ def run(question: Question, launcher: Launcher, task: str = TRAIN) -> int:
             trials.run()
         code = _close(question, trials, home / settings.tracking.experiment)
         tree.finish(found.write(question, study, folder), {0: "FINISHED", 1: "FAILED"}.get(code, "KILLED"))
-        print(f"sweep    {folder / 'sweep.html'}\nstudy    optuna-dashboard {_uri(question, folder)}")
+        print(f"sweep    {folder / 'sweep.html'}\nstudy    optuna-dashboard {masked(_uri(question, folder))}")
     return code
 
 

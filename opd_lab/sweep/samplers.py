@@ -8,6 +8,8 @@ two of its keys goes on with the same ones.
 from __future__ import annotations
 
 import hashlib
+import math
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -94,6 +96,49 @@ class _QMC(samplers.QMCSampler):
         return self._number
 
 
+class Halving(pruners.BasePruner):
+    """Successive halving: one bracket, whose first rung is the first evaluation. Hyperband, if `steps` are given: as
+    many brackets as fit, each with a first rung `factor` times as late as the one before.
+
+    What it decides is what Optuna's own pruners decide, but from reported values alone. Optuna's note in the study that
+    a rung was passed, before the verdict is kept: a trial judged again after a kill would pass. And Optuna's Hyperband
+    shows a sampler the trials of one bracket only, among which a grid would look for the points it has had."""
+
+    def __init__(self, every: int, factor: int, steps: int | None = None) -> None:
+        """`every`: steps between evaluations; of `factor` trials at a rung one goes on; `steps`: of a whole trial."""
+        self._every, self._factor, self._brackets = every, factor, 1
+        while steps is not None and every * factor**self._brackets <= steps:
+            self._brackets += 1
+
+    def bracket(self, study: str, number: int) -> int:
+        """Of a trial: earlier brackets have more trials, so that all cost about the same."""
+        n = self._brackets
+        room = [math.ceil(n * self._factor**left / (left + 1)) for left in reversed(range(n))]
+        place = zlib.crc32(f"{study}_{number}".encode()) % sum(room)
+        return next(bracket for bracket in range(n) if place < sum(room[: bracket + 1]))
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        mine = self.bracket(study.study_name, trial.number)
+        *before, now = sorted(trial.intermediate_values)
+        rung = self._every * self._factor**mine
+        while rung * self._factor <= now:
+            rung *= self._factor
+        if not max(before, default=0) < rung <= now:
+            return False
+        rivals = (t for t in study.get_trials(deepcopy=False) if self.bracket(study.study_name, t.number) == mine)
+        reached = sorted(value for t in rivals if (value := _value_at(t, rung)) is not None)
+        keep = max(1, len(reached) // self._factor)
+        value = trial.intermediate_values[now]
+        if study.direction == optuna.study.StudyDirection.MAXIMIZE:
+            return value < reached[-keep]
+        return value > reached[keep - 1]
+
+
+def _value_at(trial: FrozenTrial, step: int) -> float | None:
+    """The first value reported at this step or later."""
+    return next((value for at, value in sorted(trial.intermediate_values.items()) if at >= step), None)
+
+
 def make_sampler(s: SweepSettings, space: Space) -> samplers.BaseSampler:
     if s.sampler in (None, "grid"):
         return Grid(space)
@@ -123,9 +168,9 @@ def make_pruner(s: SweepSettings, *, every: int, steps: int) -> pruners.BasePrun
     if s.pruner == "median":
         return median
     if s.pruner == "patient":
-        return pruners.PatientPruner(median, patience=p.patience)
+        return pruners.PatientPruner(median, patience=p.patience - 1)  # Optuna waits for one more than it says
     if s.pruner == "hyperband":
-        return pruners.HyperbandPruner(min_resource=every, max_resource=steps, reduction_factor=p.reduction_factor)
+        return Halving(every, p.reduction_factor, steps)
     if s.pruner == "successive_halving":
-        return pruners.SuccessiveHalvingPruner(min_resource=every, reduction_factor=p.reduction_factor)
+        return Halving(every, p.reduction_factor)
     return pruners.WilcoxonPruner(p_threshold=p.p_threshold, n_startup_steps=p.startup_trials)

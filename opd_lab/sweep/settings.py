@@ -118,7 +118,7 @@ def check(s: SweepSettings) -> None:
         ("pruning.startup_trials", s.pruning.startup_trials, 0),
         ("pruning.warmup_steps", s.pruning.warmup_steps, 0),
         ("pruning.reduction_factor", s.pruning.reduction_factor, 2),
-        ("pruning.patience", s.pruning.patience, 0),
+        ("pruning.patience", s.pruning.patience, 1),
     ):
         if value is not None and value < low:
             raise ValueError(f"sweep.{name} must be >= {low}, got {value}")

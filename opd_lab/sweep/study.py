@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -202,7 +203,7 @@ def _with_more_choices(study: optuna.Study, uri: str, space: Space) -> BaseStora
     """Optuna allows no new choice in a study, so its trials move to a new file of the same name."""
     if not uri.endswith(".journal"):
         raise ValueError(
-            f"sweep.extend: more values of a choice need the study in a journal file, got {uri}; begin another sweep"
+            f"sweep.extend: more values of a choice need a journal file, got {masked(uri)}; begin another sweep"
         )
     now = {p.key: p.distribution for p in space.parameters}
     fresh = Path(uri).with_suffix(".new.journal")
@@ -228,8 +229,16 @@ def _storage(uri: str) -> BaseStorage:
     try:
         return optuna.storages.RDBStorage(uri)
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise ValueError(f"sweep.storage must be a database that can be written, got {uri}: {reason}") from error
+        reason = f"{type(error).__name__}: {str(error.__cause__ or error).splitlines()[0]}"
+        raise ValueError(
+            "sweep.storage must be null, FILE.journal, or a database that can be written (sqlite:///FILE, "
+            f"postgresql+psycopg://USER@HOST/NAME with pip install 'opd_lab[postgres]'), got {masked(uri)}: {reason}"
+        ) from error
+
+
+def masked(uri: str) -> str:
+    """Without its password."""
+    return re.sub(r"(://[^:@/]*):[^@/]*@", r"\1:***@", uri)
 
 
 def _mend(journal: Path) -> None:
@@ -251,7 +260,7 @@ def not_mlflow(uri: str, mlflow_uri: str) -> None:
     """
     if _database(uri) == _database(mlflow_uri):
         raise ValueError(
-            f"sweep.storage must be another database than MLflow's, got {uri}; "
+            f"sweep.storage must be another database than MLflow's, got {masked(uri)}; "
             "leave it null for a file of its own, or name another database"
         )
 

@@ -1,4 +1,6 @@
-"""A lab run whose seed is its fate: 1 is killed, 2 raises, 3 never ends, 4 is not a number; any other goes well."""
+"""A lab run whose seed is its fate: 1 is killed, 2 raises, 3 never ends, 4 is not a number, 5 never ends and does not
+stop when asked; any other goes well.
+"""
 
 import os
 import signal
@@ -21,12 +23,14 @@ class Fate:
         self.report.step(progress)
 
     def evaluated(self, seen: Evaluated) -> None:
+        if self.seed == 5:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.report.evaluated(seen)
         if self.seed == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.seed == 2:
             raise RuntimeError("no such luck")
-        if self.seed == 3:
+        if self.seed in (3, 5):
             time.sleep(120)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,17 @@ from bench import Bench, sweep_settings
 from inline import Inline, Killed, Writes, one_process
 from optuna.trial import TrialState
 
-TPE = {
+from tests.tracking.services import postgres
+
+RULES = {
+    "pruning": {"startup_trials": 2, "warmup_steps": 0, "reduction_factor": 3, "patience": 1, "p_threshold": 0.1},
+}
+TPE = RULES | {
     "space": {"top": "interval(0,1)", "x": "tag(log,interval(1,100))", "kind": ["a", "b"]},
     "sampler": "tpe",
     "startup_trials": 3,
     "trials": 8,
     "pruner": "median",
-    "pruning": {"startup_trials": 2, "warmup_steps": 0, "reduction_factor": 3, "patience": 1, "p_threshold": 0.1},
 }
 GRID = {"space": {"top": [0.1, 0.3, 0.2], "fate": ["well", "raises"]}, "retries": 1}
 
@@ -65,7 +70,15 @@ def test_a_grid_with_failures_and_retries(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "every"),
-    [(TPE, 11), (GRID, 11), (TPE | {"sampler": "qmc"}, 19), (TPE | {"pruner": "wilcoxon"}, 149)],
+    [
+        (TPE, 11),
+        (GRID, 11),
+        (TPE | {"sampler": "qmc"}, 19),
+        (TPE | {"pruner": "wilcoxon"}, 149),
+        (TPE | {"pruner": "successive_halving"}, 7),
+        (TPE | {"pruner": "hyperband"}, 7),
+        ({"space": {"top": [0.4, 0.1, 0.2], "fate": ["well", "falls"]}, "pruner": "patient"} | RULES, 19),
+    ],
 )
 def test_at_many_more_writes(tmp_path, monkeypatch, settings, every):
     kill_everywhere(tmp_path, monkeypatch, settings, every)
@@ -127,13 +140,41 @@ def test_extend_adds_values_and_trials(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("uri", ["sqlite:///{}/study.db"])
-def test_a_database_keeps_a_study_as_well(tmp_path, monkeypatch, uri):
-    settings = sweep_settings(**TPE | {"trials": 3})
-    for _ in range(2):
-        bench = Bench(tmp_path, settings, launcher=Inline(), uri=uri.format(tmp_path))
-        with one_process(bench.trials, monkeypatch):
-            bench.run()
-    assert [row["number"] for row in bench.table()] == [0, 1, 2]
-    whole = swept(tmp_path / "file", monkeypatch, TPE | {"trials": 3})
-    assert bench.table() == whole.table()
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_database_keeps_a_study_as_well(tmp_path, monkeypatch, kind):
+    settings = sweep_settings(**TPE)
+    whole = swept(tmp_path / "file", monkeypatch, TPE).table()
+    with ExitStack() as held:
+        uri = f"sqlite:///{tmp_path}/study.db"
+        if kind == "postgresql":
+            uri = held.enter_context(postgres()).replace("postgresql:", "postgresql+psycopg:")
+        for fatal in (9, 20, None):  # killed at two writes of the trials' files, then left alone
+            bench = Bench(tmp_path, settings, launcher=Inline(), uri=uri)
+            with monkeypatch.context() as deadly, one_process(bench.trials, monkeypatch):
+                Writes(deadly, fatal)
+                try:
+                    bench.run()
+                except Killed:
+                    assert fatal is not None
+            table = bench.table()
+            bench.study.optuna._storage.remove_session()
+            bench.study.optuna._storage._backend.engine.dispose()
+        assert table == whole
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        (
+            "postgresql+psycopg://lab:secret@127.0.0.1:1/x",
+            r"got postgresql\+psycopg://lab:\*\*\*@.* connection .* failed",
+        ),
+        ("oracle+nothing://lab@127.0.0.1/x", "database that can be written.*opd_lab\\[postgres\\].*got oracle"),
+        ("sqlite:////no/such/folder/x.db", "got sqlite:////no/such/folder/x.db: .*unable to open database file"),
+        ("study.db", r"must be null, FILE.journal, or a database.*sqlite:///FILE.*got study\.db: "),
+    ],
+)
+def test_a_database_that_cannot_be_opened(tmp_path, uri, words):
+    with pytest.raises(ValueError, match=words) as refused:
+        Bench(tmp_path, sweep_settings(**GRID), launcher=Inline(), uri=uri)
+    assert "secret" not in str(refused.value)
