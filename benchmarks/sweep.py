@@ -160,7 +160,8 @@ def lab(home: Path, trials: int) -> None:
         seconds = command("-m", "opd_lab", "-m", *words, f"seed=range(0,{trials})")
         events = list((folder / "optuna" / "lab").glob("trial_*/events.jsonl"))
         assert len(events) == trials
-        begin = min(json.loads(path.read_text().splitlines()[0])["time"] for path in events)
+        said = [json.loads(line) for path in events for line in path.read_text().splitlines()]
+        begin = min(event["time"] for event in said if event["kind"] == "started")
         span = max(path.stat().st_mtime for path in events) - begin
         print(f"{slots:5} {span:10.1f} {seconds:10.1f} {(slots * span - alone) / trials:19.2f}")
 

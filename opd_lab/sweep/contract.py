@@ -1,7 +1,7 @@
 """What a launcher must do, and how a trial and its sweep speak: through plain files in the trial's folder.
 
     job.json        sweep -> trial   what to run; written anew at every attempt
-    events.jsonl    trial -> sweep   appended: started, step, evaluated, run, outcome
+    events.jsonl    trial -> sweep   appended: placed, started, step, evaluated, run, outcome
     verdicts.jsonl  sweep -> trial   appended: after an evaluation, may the trial go on?
     log.txt         what the trial prints, tracebacks included
 
@@ -112,6 +112,12 @@ class Mail:
     def post(self, kind: str, **said: Any) -> None:
         """Append an event."""
         _append(self.folder / "events.jsonl", {"kind": kind, **said})
+
+    def placed(self) -> None:
+        """Say, for the launcher, that the trial has left every queue: its process is made, and its time runs."""
+        job = self.job()
+        assert job is not None, self.folder
+        self.post("placed", attempt=job.attempt)
 
     def events(self) -> Iterator[Mapping[str, Any]]:
         """The events that have come since the last call, complete lines only."""

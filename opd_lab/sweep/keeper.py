@@ -27,6 +27,7 @@ FOREIGN = {signal.SIGTERM, signal.SIGUSR2}  # Slurm sends them to everybody, but
 def keep(folder: str, environment: Mapping[str, str]) -> str | None:
     """Run a trial to its end; says why it was killed, None if it ended on its own."""
     path = Path(folder)
+    Mail(path).placed()
     command = [sys.executable, "-m", "opd_lab.sweep.keeper", folder]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, FOREIGN)  # the trial inherits it
     with Mail(path).log.open("ab") as log:

@@ -53,7 +53,9 @@ class LocalLauncher:
         self._forks = multiprocessing.get_context("forkserver")
         self._forks.set_forkserver_preload(PRELOAD)
         if not all(slot.gpu for slot in self._free):
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for the sweep alone to hear
             forkserver.ensure_running()  # it imports while the sweep is being prepared
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def adopt(self, folder: Path) -> bool:
         return False  # trials of this machine die with their sweep
@@ -64,6 +66,7 @@ class LocalLauncher:
         process = context.Process(target=_child, args=(str(folder), dict(slot.environment)), daemon=False)
         with _environment(slot.environment if slot.gpu else {}):
             process.start()
+        Mail(folder).placed()
         self._running[folder] = _Running(process, slot)
         return slot.name
 

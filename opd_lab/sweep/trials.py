@@ -38,7 +38,7 @@ class Running:
     mail: Mail
     job: Job
     where: str
-    started: float | None = None  # time.monotonic() when its process began to work
+    started: float | None = None  # time.monotonic() when its process was made, then when it began to work
     run: int = 0  # which of its runs is on
     step: int = 0
     seconds_left: float = math.nan
@@ -185,7 +185,7 @@ class Trials:
                 self._judge(running, said)
             elif said["attempt"] != running.job.attempt:
                 continue
-            elif kind == "started":
+            elif kind in ("placed", "started"):
                 running.started = time.monotonic()
             elif kind == "run":
                 running.finals[said["run"]] = said["values"]

@@ -80,7 +80,8 @@ def test_submitit_on_this_machine(machine, tmp_path):
     assert why[gone] == "killed by SIGKILL (out of memory?)"
     assert why[lost] and why[lost].startswith(f"job {json.loads((lost / NOTE).read_text())['id']} ended as FINISHED")
     assert why[well] is None and why[preempted] is None
-    assert [len(told(folder, "started")) for folder in folders] == [1, 1, 1, 2]
+    for kind in ("placed", "started"):
+        assert [len(told(folder, kind)) for folder in folders] == [1, 1, 1, 2]
     assert [len(told(folder, "outcome")) for folder in folders] == [0, 0, 1, 1]
     trial = told(lost, "started")[0]["pid"]
     until(lambda _: not psutil.pid_exists(trial))

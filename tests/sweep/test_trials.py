@@ -4,10 +4,12 @@ import os
 import signal
 
 import pytest
+import tasks
 from bench import Bench, sweep_settings
 from optuna.trial import TrialState
 
 from opd_lab.sweep import local, owner
+from opd_lab.sweep.contract import Mail
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +51,14 @@ def test_time_and_memory_have_limits(tmp_path):
     why = [t.user_attrs.get("why", "") for t in bench.study.trials()]
     assert why[0] == "time limit of 4 s"
     assert why[1].startswith("memory limit of 1.2 GiB: it used 1.")
+
+
+def test_a_process_that_never_starts_to_work_has_the_same_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "_child", tasks.never)
+    bench = Bench(tmp_path, sweep_settings(space={"x": [1, 2]}, time_limit_seconds=0.1), slots=2).run()
+    assert [t.user_attrs["why"] for t in bench.study.trials()] == ["time limit of 0.1 s"] * 2
+    events = list(Mail(tmp_path / "bench" / "trial_0001").events())
+    assert events == [{"kind": "placed", "attempt": 1}]
 
 
 def test_a_failed_trial_is_repeated_under_a_number_of_its_own(tmp_path):
