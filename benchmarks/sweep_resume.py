@@ -1,11 +1,13 @@
 """Sweeps whose whole process group is killed at random moments, against the same sweeps left alone.
 
-    python benchmarks/sweep_resume.py [--trials 40] [--kills 5] [--steps 10] [--seed 0] [--folder DIR]
+    python benchmarks/sweep_resume.py [--only grid|search|compare] [--kills 5] [--seed 0] [--folder DIR]
+                                      [--trials 40] [--steps 10] [--also key=value ...]
 
-A grid of methods and a TPE search with pruning, each run twice with one slot: once undisturbed, once killed
-(SIGKILL to the group) `--kills` times and started again by the same command. Prints how the tables of trials compare:
-numbers, params in order, states, values and reported values, bit for bit, and whether a finished run was run again.
-Exit code 1 if anything differs.
+grid (methods) and search (TPE with pruning) are short runs in one slot; compare is sweeps/compare.yaml as it is, in
+two slots and with MLflow. Each is run twice: once undisturbed, once killed (SIGKILL to the group) `--kills` times and
+started again by the same command. Prints how the tables of trials compare: numbers, params in order, states, values and
+reported values, bit for bit, and whether a finished trial was run again. Exit code 1 if anything differs. `--trials`
+and `--steps` are of grid and search; `--also` changes all of them.
 """
 
 from __future__ import annotations
@@ -29,22 +31,25 @@ SHORT = [
     *("rollout.prompts=4", "rollout.per_prompt=2", "evaluate.problems=8", "evaluate.samples=2", "evaluate.every=1"),
     *("evaluate.test_problems=4", "evaluate.test_samples=2", "checkpoint.every=1", "diagnostics.every=2"),
     *("data.problems=200", "launcher.slots=1", "threads=1", "objective=eval/validation/reverse_kl_mean_nats"),
+    "tracking.mlflow=false",
 ]
 
 
 def questions(trials: int, steps: int) -> dict[str, list[str]]:
+    """Name -> what is said on the command line."""
     methods = "opd,opd_sampled,fire_opd,scope,tropd_lab,kat_lab"
     search = ["method=fire_opd,opd", "optim.lr=tag(log,interval(1e-5,3e-2))", "method.alpha=interval(0,2)"]
     rules = ["sweep.sampler=tpe", f"sweep.trials={trials}", "sweep.startup_trials=4", "sweep.pruner=median"]
     return {
-        "grid": [f"method={methods}", f"steps={steps}"],
-        "search": [*search, *rules, "sweep.pruning.startup_trials=3", f"steps={steps}"],
+        "grid": [*SHORT, f"method={methods}", f"steps={steps}"],
+        "search": [*SHORT, *search, *rules, "sweep.pruning.startup_trials=3", f"steps={steps}"],
+        "compare": ["sweeps=compare", "launcher.slots=2"],
     }
 
 
 def start(folder: Path, name: str, words: list[str]) -> subprocess.Popen[bytes]:
     """The sweep, in a process group of its own."""
-    own = [*SHORT, *words, f"sweep.name={name}", f"tracking.folder={folder}", "tracking.mlflow=false"]
+    own = [*words, f"sweep.name={name}", f"tracking.folder={folder}"]
     with (folder / f"{name}.log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "opd_lab", "-m", *own],
@@ -115,13 +120,15 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, default=None)
-    parser.add_argument("--only", choices=("grid", "search"), default=None)
+    parser.add_argument("--only", choices=("grid", "search", "compare"), default=None)
+    parser.add_argument("--also", nargs="+", default=[], metavar="key=value")
     given = parser.parse_args()
     home = given.folder or Path(tempfile.mkdtemp())
     rng, equal = random.Random(given.seed), True
     for name, words in questions(given.trials, given.steps).items():
         if given.only not in (None, name):
             continue
+        words += given.also
         for part in ("whole", "killed"):
             (home / part).mkdir(parents=True, exist_ok=True)
         process, begin = start(home / "whole", name, words), time.monotonic()
