@@ -169,6 +169,7 @@ def cost(method: Method) -> str:
         "the teacher writes texts": needs.text,
         "the teacher decodes along": "blend" in method.asks(),
         "the teacher writes first tokens": "teacher_tokens" in method.asks(),
+        "the data's solutions in place of rollouts": "dataset" in method.asks(),
         "the teacher scores while decoding": "stop" in method.asks(),
         "a fit before the first step": method.preparation() is not None,
     }

@@ -33,7 +33,13 @@ def compatible(facts: Facts, parts: Parts) -> None:
         remedy = f", or {otherwise}" if otherwise else ""
         if capability not in parts.engine.supports:
             raise ValueError(f"rollout={facts.engine} cannot {CAPABILITIES[capability]}; use rollout=torch{remedy}")
-        if parts.teacher.lm is None:
+        if capability == "dataset":
+            if parts.data.solution is None:
+                raise ValueError(
+                    f"{type(parts.method).__name__} trains on the data's own solutions, data={facts.data} has none; "
+                    f"name the field that holds them in data.solution_field{remedy}"
+                )
+        elif parts.teacher.lm is None:
             raise ValueError(
                 f"teacher={facts.teacher} scores finished text and cannot help to {CAPABILITIES[capability]}; "
                 f"use teacher=local{remedy}"
@@ -141,7 +147,7 @@ def first_step(settings: RunSettings, parts: Parts, state: State) -> list[str]:
     Raises:
         ValueError: the run would spend its budget on a wrong objective.
     """
-    seen = [_prompt(parts), _grader(parts)]
+    seen = [_prompt(parts), *_solution(settings, parts), _grader(parts)]
     rollouts = probe(settings, parts)
     if not bool(rollouts.mask_BT.any()):
         raise ValueError(
@@ -180,6 +186,20 @@ def _prompt(parts: Parts) -> str:
     return (
         f"first prompt: {len(example.ids)} ids {example.ids[:12]}... = {parts.student.tokenizer.decode(example.ids)!r}"
     )
+
+
+def _solution(settings: RunSettings, parts: Parts) -> list[str]:
+    if "dataset" not in parts.method.asks():
+        return []
+    (ids,) = parts.solutions(parts.data.train[:1])
+    cut = f", cut to rollout.max_tokens={n}" if len(ids) > (n := settings.rollout.max_tokens) else ""
+    seen = [f"its solution: {len(ids)} ids{cut}, {ids[:12]}... = {parts.student.tokenizer.decode(ids)!r}"]
+    if (each := settings.rollout.per_prompt) > 1:
+        seen.append(
+            f"{WARNING}rollout.per_prompt={each} shows each solution of the data {each} times in a step; with 1, and "
+            f"rollout.prompts={each * settings.rollout.prompts}, a step has as many rollouts of more problems"
+        )
+    return seen
 
 
 def _grader(parts: Parts) -> str:

@@ -111,6 +111,16 @@ class LM:
         rows = [ids[:-1] if stop and ids else ids for ids, stop in zip(rows, stopped, strict=True)]
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in rows]
 
+    @property
+    def end_id(self) -> int:
+        """The id that is written where a response ends."""
+        own: Any = self.tokenizer.eos_token_id
+        return own if own in self.stop_ids else min(self.stop_ids)
+
+    def response(self, text: str) -> list[int]:
+        """A text as a whole response: its tokens, as they follow the prompt, and the end."""
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_id]
+
     def shortened(self, text: str, tokens: int) -> str:
         """The beginning of a text that the tokenizer makes so many tokens of."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 from opd_lab.models import LM, tokenizer_size
 
@@ -59,8 +58,7 @@ def match(student: LM, teacher: LM, stop_ids: list[int] | None, stop_event: str)
     if stop_event == "separate" or not (student.one_end or ours != theirs):
         student, teacher = (replace(lm, stop_ids=ours | theirs) for lm in (student, teacher))
     else:
-        own: Any = student.tokenizer.eos_token_id
-        end = own if own in student.stop_ids else min(student.stop_ids)
+        end = student.end_id
         one_end = (end, *sorted((ours | theirs) - {end}))
         student, teacher = (replace(lm, stop_ids=frozenset({end}), one_end=one_end) for lm in (student, teacher))
     return student, teacher, notes

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from opd_lab.chunk import layers_of
-from opd_lab.data.prompts import Dataset
+from opd_lab.data.prompts import Dataset, Example
 from opd_lab.methods.base import Method
 from opd_lab.models import LM
 from opd_lab.rollout.torch_engine import TorchEngine
@@ -46,6 +47,11 @@ class Parts:
     method: Method
     reference: LM | None = None  # the frozen initial student, where the method asks for one
     measure: Scorer | None = None  # a teacher of evaluations only
+
+    def solutions(self, examples: Sequence[Example]) -> list[list[int]]:
+        """The data's own solutions as whole responses."""
+        assert self.data.solution is not None, "data without solutions are refused before"
+        return [self.student.response(self.data.solution(example)) for example in examples]
 
     @property
     def measuring(self) -> Scorer | None:

@@ -44,6 +44,7 @@ class DataSettings:
     prompt_field: str  # dotted path inside a record; may hold a string or chat messages
     answer_field: str | None  # None = not graded
     answer_pattern: str | None  # regular expression; its first group is the answer
+    solution_field: str | None  # dotted path to a worked solution; None = methods that train on it are refused
     system_prompt: str | None
     instruction: str | None  # appended to the question
     grader: str  # exact | math_verify | none

@@ -28,7 +28,7 @@ from opd_lab.types import (
     scatter,
 )
 
-FREE = {LOGP_STUDENT: "logp_BT", ENTROPY_STUDENT: "entropy_BT"}  # what the rollouts carry anyway
+FREE = {LOGP_STUDENT: "logp_BT", ENTROPY_STUDENT: "entropy_BT"}  # what the rollouts carry of sampled tokens
 
 
 class Scorer(Writer, Protocol):
@@ -82,8 +82,9 @@ def whole_batch(
     signals that the diagnostics will want beside the method's."""
     needs = method.needs()
     asked = needs.all | record
-    ask_for = frozenset(needs.batch - FREE.keys())
-    signals = {s: getattr(rollouts, FREE[s]) for s in needs.batch & FREE.keys()}
+    free = {s: getattr(rollouts, FREE[s]) for s in needs.batch & FREE.keys()}
+    signals = {s: value_BT for s, value_BT in free.items() if not bool(value_BT[rollouts.mask_BT].isnan().any())}
+    ask_for = needs.batch - signals.keys()
     parts: dict[Signal, list[Tensor]] = {signal: [] for signal in ask_for}
     views: list[View] = []
     with torch.no_grad():

@@ -116,7 +116,8 @@ class Trainer:
                 group_B=rows // s.rollout.per_prompt,
                 uid_B=rows + self.step * len(examples),
                 generator=self.generator,
-                teacher=p.teacher.lm if behavior.asks else None,
+                teacher=p.teacher.lm if behavior.helped else None,
+                solutions=p.solutions(examples) if "dataset" in behavior.asks else None,
             )
             rollouts = self.graded(rollouts, examples)
         with self.timed("teacher"):

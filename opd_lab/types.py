@@ -30,6 +30,7 @@ class Source(IntEnum):
     STUDENT = 2
     TEACHER = 3
     BLEND = 4
+    DATASET = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Rollouts:
     ids_BL: Tensor  # prompts, padded on the left, then responses, padded on the right
     attention_BL: Tensor  # bool, False on padding
     source_BT: Tensor  # int8, a Source per response token
+    # These three are NaN on tokens of the data, which nobody sampled.
     behavior_logp_BT: Tensor  # log-prob under the distribution that sampled the token (tempered, filtered)
     logp_BT: Tensor  # log-prob under the student itself: temperature 1, no filter
     entropy_BT: Tensor  # entropy of the student at the predicting position
@@ -257,6 +259,8 @@ class Behavior:
     )  # tokens the teacher writes, then the student goes on
     # What the teacher draws belongs to a rollout; or to a group, whose rollouts share it; or to a prompt, for all time
     teacher_draws: str = field(default="rollout", repr=False)
+    # Rollouts that are the data's own solutions, whole: those with a number that is not 0. All else is not for them.
+    dataset: int | PerRollout = field(default=0, repr=False)
     mix: Mix | None = field(default=None, repr=False)  # what is sampled in place of the student
     stop: StopRule | None = field(default=None, repr=False)
 
@@ -276,14 +280,21 @@ class Behavior:
             "blend": self.mix is not None,
             "teacher_tokens": self.teacher_first != 0,
             "stop": self.stop is not None,
+            "dataset": self.dataset != 0,
         }
         return frozenset(name for name, yes in asked.items() if yes)
+
+    @property
+    def helped(self) -> bool:
+        """Whether the teacher takes part."""
+        return bool(self.asks - {"dataset"})
 
 
 CAPABILITIES = {
     "blend": "blend two models token by token",
     "teacher_tokens": "let the teacher write tokens of a rollout",
     "stop": "stop a rollout on teacher scores",
+    "dataset": "take rollouts from the data",
 }
 
 

@@ -7,8 +7,9 @@ diagnostics alone asked of it is included.
 FLOPs are estimated from token counts and parameter counts N, with 2 N per token forward and 6 N per token trained
 (forward and backward), for U updates per rollout:
 
-    flops = N_student (2 + 6 U) generated tokens  +  2 N_teacher tokens of the teacher
+    flops = N_student ((2 + 6 U) generated tokens - 2 tokens of the data)  +  2 N_teacher tokens of the teacher
 
+Generated are all tokens of the rollouts, whoever wrote them; those of the data's own solutions cost no sampling.
 Prompts, evaluations, a reference model and the attention's quadratic part are not in it.
 """
 
@@ -32,7 +33,7 @@ _NEEDS = {  # axis -> metrics that it is made of
     "student_tokens": ("cost/generated_tokens",),
     "teacher_tokens": _TEACHER,
     "seconds": ("time/step_seconds",),
-    "flops": ("cost/generated_tokens", *_TEACHER),
+    "flops": ("cost/generated_tokens", "cost/dataset_tokens", *_TEACHER),
 }
 AXES = tuple(_NEEDS)
 UNITS = {"steps": "steps", "student_tokens": "tokens", "teacher_tokens": "tokens", "seconds": "s", "flops": "FLOP"}
@@ -64,7 +65,7 @@ def along(axis: str, metrics: DataFrame, folder: Path) -> Any:
         raise ValueError(f"x={axis} needs {first}, which {folder.name} did not log; take x=steps, or run it again")
     if axis == "seconds":
         return wide[first].fillna(0.0).cumsum()
-    totals = wide.reindex(columns=["cost/generated_tokens", *_TEACHER]).ffill().fillna(0.0)  # not logged: not asked
+    totals = wide.reindex(columns=_NEEDS["flops"]).ffill().fillna(0.0)  # not logged: not asked
     student_tokens = totals["cost/generated_tokens"]
     scored, prefix, cached, decoded, written = (totals[name] for name in _TEACHER)
     teacher_tokens = scored + prefix - cached + decoded.clip(lower=written)
@@ -79,7 +80,8 @@ def along(axis: str, metrics: DataFrame, folder: Path) -> Any:
             "again"
         ) from None
     updates = said["params"]["optim.updates_per_rollout"]
-    return student * (2 + 6 * updates) * student_tokens + 2 * of_teacher * teacher_tokens
+    passes = (2 + 6 * updates) * student_tokens - 2 * totals["cost/dataset_tokens"]
+    return student * passes + 2 * of_teacher * teacher_tokens
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,12 @@ def solution(problem: Problem, style: Style, generator: Generator) -> str:
     return " ".join([*lines, f"answer {value}"])
 
 
+def worked(prompt: str) -> str:
+    """The lab's own solution of a problem, for all time the same: in the teacher's style, without a slip."""
+    seed = int(_digest(prompt)[:15], 16)
+    return solution(Problem(prompt, "", ""), TEACHER_STYLE, Generator().manual_seed(seed))
+
+
 def grade(response: str, answer: str) -> float:
     """1 where the response ends with `answer <answer>`, to the letter; 0 otherwise."""
     return float(response.split()[-2:] == ["answer", answer])
@@ -129,7 +135,11 @@ def _problem(operations: int, generator: Generator) -> Problem:
         operand = _draw(*OPERANDS, generator)
         prompt, value = f"{prompt} {symbol} {operand}", apply(value, symbol, operand)
     prompt += " ?"
-    return Problem(prompt, str(value), hashlib.sha256(prompt.encode()).hexdigest()[:16])
+    return Problem(prompt, str(value), _digest(prompt)[:16])
+
+
+def _digest(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode()).hexdigest()
 
 
 def _steps(prompt: str) -> Iterator[tuple[str, int]]:

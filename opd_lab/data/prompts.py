@@ -8,7 +8,7 @@ on the same questions; records that repeat a prompt are left out, so none can be
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Generator
 
 from opd_lab.data import arithmetic
 from opd_lab.data.grading import Grader, grader
-from opd_lab.data.records import answer_of, messages_of, read
+from opd_lab.data.records import answer_of, messages_of, read, solution_of
 from opd_lab.settings import DataSettings
 
 LAB_SEED = 0  # of the embedded lab's problems: the same for every run
@@ -36,7 +36,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three disjoint splits. `digest` covers ids, prompts and answers; `notes` says what was left out and why."""
+    """Three disjoint splits. `digest` covers ids, prompts, answers and solutions; `notes`: what was left out, why."""
 
     name: str
     digest: str
@@ -47,6 +47,7 @@ class Dataset:
     notes: list[str]
     # Prompt and response -> place of the first wrong word, None without one; None where steps cannot be graded.
     first_slip: Callable[[str, str], int | None] | None = None
+    solution: Callable[[Example], str] | None = None  # worked, of a training problem; None where the data have none
 
     def digest_of(self, split: str) -> str:
         """Of one split, as the student reads it."""
@@ -59,12 +60,17 @@ class Record(NamedTuple):
 
     messages: Messages
     answer: str | None
+    solution: str | None = None  # of the embedded lab: made when it is asked for
 
     @property
     def id(self) -> str:
         """A digest of the prompt without its spacing: equal for records that ask the same."""
         text = json.dumps([(m["role"], " ".join(m["content"].split())) for m in self.messages])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        return (self.id, self.messages, self.answer, *([] if self.solution is None else [self.solution]))
 
 
 def load(settings: DataSettings, tokenizer: Any) -> Dataset:
@@ -80,10 +86,13 @@ def load(settings: DataSettings, tokenizer: Any) -> Dataset:
     if not tokenizer.chat_template:
         notes.append("the student's tokenizer has no chat template: prompts are plain text")
     rendered = {split: _render(split, records, settings, tokenizer, notes) for split, records in splits.items()}
-    content = [[split, [(r.id, r.messages, r.answer) for r in records]] for split, records in splits.items()]
+    content = [[split, [record.content for record in records]] for split, records in splits.items()]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     slip = arithmetic.first_slip if settings.kind == "arithmetic" else None
-    return Dataset(name=settings.name, digest=digest, grade=grade, notes=notes, first_slip=slip, **rendered)
+    solution = _worked if settings.kind == "arithmetic" else _found(splits["train"])
+    return Dataset(
+        name=settings.name, digest=digest, grade=grade, notes=notes, first_slip=slip, solution=solution, **rendered
+    )
 
 
 class PromptStream:
@@ -142,6 +151,16 @@ def _arithmetic(settings: DataSettings) -> dict[str, list[Record]]:
     }
 
 
+def _worked(example: Example) -> str:
+    return arithmetic.worked(example.messages[-1]["content"])
+
+
+def _found(records: list[Record]) -> Callable[[Example], str] | None:
+    """Looks up the solution that a record came with; None where none did."""
+    solutions = {record.id: record.solution for record in records if record.solution is not None}
+    return (lambda example: solutions[example.id]) if solutions else None
+
+
 def _file(settings: DataSettings, notes: list[str]) -> dict[str, list[Record]]:
     if settings.path is None:
         raise ValueError(
@@ -151,7 +170,8 @@ def _file(settings: DataSettings, notes: list[str]) -> dict[str, list[Record]]:
     if settings.test_path is None:
         test, apart = [], 2 * settings.held_out
     else:
-        test, apart = list(_unique(settings.test_path, settings, notes).values()), settings.held_out
+        unsolved = replace(settings, solution_field=None)  # nobody is trained on them
+        test, apart = list(_unique(settings.test_path, unsolved, notes).values()), settings.held_out
         shared = [known.pop(record.id) for record in test if record.id in known]
         if shared:
             notes.append(f"{len(shared)} prompts of data.path also stand in data.test_path: they are only tested on")
@@ -171,7 +191,8 @@ def _unique(path: str, settings: DataSettings, notes: list[str]) -> dict[str, Re
     raw = read(Path(path))
     for number, fields in enumerate(raw):
         where = f"record {number} of {path}"
-        record = Record(messages_of(fields, settings, where), answer_of(fields, settings, where))
+        answer, solution = answer_of(fields, settings, where), solution_of(fields, settings, where)
+        record = Record(messages_of(fields, settings, where), answer, solution)
         first = found.setdefault(record.id, record)
         contradicting += first.answer != record.answer
     if repeated := len(raw) - len(found):

@@ -79,6 +79,19 @@ def answer_of(record: Mapping[str, Any], settings: DataSettings, where: str) -> 
     return match[1].strip()
 
 
+def solution_of(record: Mapping[str, Any], settings: DataSettings, where: str) -> str | None:
+    """The worked solution of a record, without the spaces around it; None where the data config names none."""
+    if settings.solution_field is None:
+        return None
+    value = _field(record, settings.solution_field, "solution_field", where)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(
+            f"data.solution_field={settings.solution_field} must hold a text, got {str(value)[:80]!r} in {where}; name "
+            "another field, or set it to null where no method trains on solutions"
+        )
+    return value.strip()
+
+
 def _field(record: Mapping[str, Any], path: str, setting: str, where: str) -> Any:
     value: Any = record
     for part in path.split("."):

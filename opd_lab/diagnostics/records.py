@@ -62,5 +62,6 @@ def records(batch: Batch, counted: Repeats, rows: int) -> list[dict[str, Any]]:
 def _sources(rollouts: Rollouts) -> list[str]:
     writers = [source for source in Source if source > Source.GIVEN]
     wrote_WB = torch.stack([(rollouts.source_BT == writer).any(1) for writer in writers])
-    names = {on: "+".join(w.name.lower() for w, yes in zip(writers, on) if yes) for on in product((0, 1), repeat=3)}
+    every = product((0, 1), repeat=len(writers))
+    names = {on: "+".join(w.name.lower() for w, yes in zip(writers, on) if yes) for on in every}
     return [names[on] for on in zip(*wrote_WB.int().tolist(), strict=True)]

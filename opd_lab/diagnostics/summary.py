@@ -114,7 +114,7 @@ def gap_BT(batch: Batch) -> Tensor:
 
 def ratio_BT(batch: Batch) -> Tensor:
     """p_student / p of whoever sampled the token: 1 on the student's own untempered tokens, but for rounding, until it
-    has moved. NaN where the sampler left no probability."""
+    has moved. NaN where the sampler left no probability or is not known."""
     logp_BT = batch.signals.get(LOGP_STUDENT, batch.rollouts.logp_BT)
     return (logp_BT - batch.rollouts.behavior_logp_BT).exp()
 
@@ -159,5 +159,6 @@ def spent(batch: Batch, *, scored: bool) -> dict[str, int]:
         "teacher_scored_tokens": int(rollouts.length_B.sum()) if scored else 0,
         "teacher_decoded_tokens": 0 if decoded_B is None else int(decoded_B.sum()),
         "teacher_generated_tokens": int((rollouts.source_BT == Source.TEACHER).sum()),
+        "dataset_tokens": int((rollouts.source_BT == Source.DATASET).sum()),  # of the generated: nobody sampled them
     }
     return cost | {name: cost.get(name, 0) + count for name, count in batch.cost.items()}

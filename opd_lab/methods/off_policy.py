@@ -1,11 +1,13 @@
-"""Off-policy baselines, on rollouts that the teacher wrote: `method=sft`, `method=gkd`, `method=sft_warmup25`.
+"""Off-policy baselines, on rollouts that others wrote: `method=sft`, `method=gkd`, `method=sft_warmup25`.
 
 arXiv 2306.13649 for SFT, `method=seq_kd` and GKD; arXiv 2605.31159 has the SFT warm-up, arXiv 2605.09253 the KD start,
 `method=kd_start`. The teacher answers the prompts of the step, through the same engine and filters as a student would,
-always, by a coin, or at first; and its tokens are trained:
+always, by a coin, or at first; and its tokens are trained. With `source: dataset` (`method=sft_dataset`,
+`method=gkd_dataset`) the data's own solution stands where the teacher would have written:
 
     sft, seq_kd   loss_t = -log p(y_t),  y ~ q: in expectation KL(q || p) + H(q) at the teacher's prefixes
-    gkd           with probability lambda the student writes a rollout, else the teacher; on both the same JSD(beta)
+    sft_dataset   the same loss, y the solution of the data
+    gkd           with probability lambda the student writes a rollout, else the source does; on both the same JSD(beta)
     kd_start      first steps: (1 - r) (-log p(y_t)) + r KL(q || p) on the teacher's rollouts; then plain OPD
     sft_warmup    the same with r = 0
 
@@ -13,13 +15,21 @@ always, by a coin, or at first; and its tokens are trained:
 of (seed, prompt, number of the rollout). They are decoded again all the same, so it saves no time. The coin is one of
 (seed, step, prompt). The optimizer keeps its state across the switch to plain OPD.
 
-Neutral: none for sft and seq_kd, whose tokens are others; lambda 1 with beta 1 for gkd; warmup_steps 0 for the starts.
+A solution is the text of `data.solution_field` as it is, without the spaces around it, in the student's tokens and
+closed by the id that ends a response; it follows the prompt's generation prompt at once. The embedded lab makes its
+own: in the teacher's style, without a slip, one per problem for all time. Longer than `rollout.max_tokens`, it is cut
+there and its end is not trained, as with a rollout that reaches the limit. Nobody sampled it: it costs no decoding, its
+behavior log-prob is NaN, filters and temperature are not for it, and every rollout of its prompt is the same. It is
+graded and scored like any other; evaluations know nothing of it.
+
+Neutral: none for sft, whose tokens are others; lambda 1 with beta 1 for gkd; warmup_steps 0 for the starts.
 Differs: TRL flips gkd's coin once per micro-batch; here per prompt, or per step.
 Differs: the SFT warm-up of the paper passes several times over the prompts of the first 50 steps; here every step has
          its own, with rollout.per_prompt answers each. That makes runs of one seed see the same prompts.
 
 Metrics: gkd/on_policy_fraction, rollouts that the student wrote. What the teacher wrote costs
-cost/teacher_generated_tokens, and kl/*, entropy/* and rollout/* speak of the teacher's tokens where it wrote them.
+cost/teacher_generated_tokens, what the data gave is counted in cost/dataset_tokens; both are in cost/generated_tokens.
+kl/*, entropy/* and rollout/* speak of these tokens too, whoever wrote them.
 """
 
 from __future__ import annotations
@@ -36,6 +46,7 @@ from opd_lab.methods.coins import uniform
 from opd_lab.methods.divergences import JSD
 from opd_lab.types import ENDLESS, FORWARD_KL, LOGP_STUDENT, REVERSE_KL, Batch, Behavior, Needs, Source, State, Tokens
 
+SOURCES = ("teacher", "dataset")
 START = "start"  # the term of the teacher's tokens before plain OPD begins
 
 
@@ -46,22 +57,31 @@ def teachers(batch: Batch) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SFT(Method):
-    """The teacher's answers are learnt token by token."""
+    """The teacher's answers, or the data's solutions, are learnt token by token."""
 
     paper = "https://arxiv.org/abs/2306.13649"
     neutral: ClassVar = None
-    not_zero_at_teacher: ClassVar = "its loss is zero at no student: the entropy of the teacher is in it"
+    not_zero_at_teacher: ClassVar = "its loss is zero at no student: the entropy of whoever wrote is in it"
     not_towards_teacher: ClassVar = "it makes the given tokens likelier, which only the teacher's own should be"
 
+    source: str = "teacher"
     refresh: str = "every_step"
 
     def __post_init__(self) -> None:
+        choice("source", self.source, SOURCES)
         choice("refresh", self.refresh, ("every_step", "never"))
+        if self.source == "dataset" and self.refresh != "never":
+            raise ValueError(
+                f"method.refresh must be never with method.source=dataset, got {self.refresh}: a solution of the data "
+                "stays what it is; method=sft_dataset has both"
+            )
 
     def asks(self) -> Mapping[str, str]:
-        return {"teacher_tokens": ""}
+        return {"teacher_tokens": ""} if self.source == "teacher" else {"dataset": "method.source=teacher"}
 
     def behavior(self, plain: Behavior, step: int, state: State) -> Behavior:
+        if self.source == "dataset":
+            return replace(plain, dataset=ENDLESS)
         draws = "prompt" if self.refresh == "never" else "rollout"
         return replace(plain, teacher_first=ENDLESS, teacher_draws=draws)
 
@@ -77,22 +97,25 @@ class SFT(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class GKD(JSD):
-    """A coin decides whether student or teacher writes a rollout, any divergence on both."""
+    """A coin decides whether the student writes a rollout or another source does, any divergence on both."""
 
     neutral: ClassVar = {"lambda_": 1.0, "beta": 1.0}
 
+    source: str = "teacher"
     lambda_: float = 0.5
     mix: str = "prompt"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        choice("source", self.source, SOURCES)
         within(
             "lambda_", self.lambda_, "in [0, 1], the share of rollouts that the student writes", 0 <= self.lambda_ <= 1
         )
         choice("mix", self.mix, ("prompt", "step"))
 
     def asks(self) -> Mapping[str, str]:
-        return {"teacher_tokens": "method.lambda_=1"} if self.lambda_ < 1 else {}
+        asked = {"teacher": "teacher_tokens", "dataset": "dataset"}[self.source]
+        return {asked: "method.lambda_=1"} if self.lambda_ < 1 else {}
 
     def behavior(self, plain: Behavior, step: int, state: State) -> Behavior:
         if self.lambda_ == 1:
@@ -102,10 +125,11 @@ class GKD(JSD):
             coin_B = uniform(seed, step, group_B if self.mix == "prompt" else torch.zeros_like(group_B))
             return torch.where(coin_B < self.lambda_, 0, ENDLESS)
 
-        return replace(plain, teacher_first=first)
+        return replace(plain, **{"teacher_first" if self.source == "teacher" else "dataset": first})
 
     def metrics(self, batch: Batch, weights: Mapping[str, Tensor]) -> dict[str, float | Tensor]:
-        return {"gkd/on_policy_fraction": 1 - float(teachers(batch).any(1).double().mean())}
+        own_BT = batch.rollouts.source_BT == Source.STUDENT
+        return {"gkd/on_policy_fraction": float(own_BT.any(1).double().mean())}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,12 @@ class Responses:
         self.entropy_BT[live_R, t] = d.entropy(logp_RV)[on_R]
         self.generated_B[live_R] = t + 1
 
+    def give(self, b: int, ids: list[int], stopped: bool) -> None:
+        """The whole of a rollout that nobody sampled: whatever is known of sampled tokens stays NaN."""
+        self.ids_BT[b, : len(ids)] = torch.tensor(ids, device=self._device)
+        self.source_BT[b, : len(ids)] = Source.DATASET
+        self.stopped_B[b], self.generated_B[b] = stopped, len(ids)
+
     def note(self, name: str, row_R: Tensor, t: int, value_R: Tensor, on_R: Tensor) -> None:
         """A further column's value at token t of the rows that are still running."""
         if name not in self.extra:

@@ -7,7 +7,7 @@ batched, sorted or dropped never changes what a row draws.
 
 Where the behavior asks for it, the teacher reads the same tokens beside the student, for as long as some row of the
 batch needs it: it writes the first tokens, is blended with the student, or feeds a stop rule. Log-probs and entropies
-are the student's on every token, whoever wrote it.
+are the student's on every token, whoever wrote it; a rollout that comes from the data is not decoded and has none.
 """
 
 from __future__ import annotations
@@ -46,15 +46,17 @@ class TorchEngine:
         uid_B: Tensor,
         generator: torch.Generator,
         teacher: LM | None = None,
+        solutions: list[list[int]] | None = None,
     ) -> Rollouts:
         """One rollout per prompt, in the order given; uniforms are drawn from `generator` row by row. The teacher is
-        wanted where `behavior.asks` anything."""
+        wanted where `behavior.helped`, and a solution per prompt, its end included, where it asks for the data's."""
         uniform_BT = torch.rand(
             (len(prompts), self.max_tokens), generator=generator, device=generator.device, dtype=torch.float64
         )
         return self.decode(
-            student, prompts, behavior=behavior, group_B=group_B, uid_B=uid_B, uniform_BT=uniform_BT, teacher=teacher
-        )
+            student, prompts, behavior=behavior, group_B=group_B, uid_B=uid_B, uniform_BT=uniform_BT, teacher=teacher,
+            solutions=solutions,
+        )  # fmt: skip
 
     @torch.no_grad()
     def decode(
@@ -67,19 +69,26 @@ class TorchEngine:
         uid_B: Tensor,
         uniform_BT: Tensor,
         teacher: LM | None = None,
+        solutions: list[list[int]] | None = None,
     ) -> Rollouts:
         """The same with the uniforms given."""
-        assert not behavior.asks or teacher is not None, f"{sorted(behavior.asks)} need the teacher"
+        assert not behavior.helped or teacher is not None, f"{sorted(behavior.asks)} need the teacher"
         for lm in [student] if teacher is None else [student, teacher]:
             _check(lm, prompts, self.max_tokens)
         out = Responses(student, len(prompts), self.max_tokens)
         plan = _plan(behavior, self.seed, uid_B, group_B, self.max_tokens, student.device)
         drawn = _uniforms(behavior, self.seed, uniform_BT, prompts, group_B)
         drawn = _Uniforms(*(value_BT.to(student.device) for value_BT in drawn))
+        given_B = plan.dataset_B.tolist()
+        for b, limit in enumerate(plan.limit_B.tolist()):
+            if given_B[b]:
+                assert solutions is not None, "this behavior needs the data's solutions"
+                ids = solutions[b][:limit]
+                out.give(b, ids, ids[-1] in student.stop_ids)
         needed_B, owner_B = (plan.teacher_until_B > 0).tolist(), owners(prompts)
         with evaluating(student.module), evaluating((teacher or student).module):
             for helped in (False, True):  # rows that need no teacher do not pay for one
-                order = [b for b in range(len(prompts)) if needed_B[b] == helped]
+                order = [b for b in range(len(prompts)) if needed_B[b] == helped and not given_B[b]]
                 order.sort(key=lambda b: (-len(prompts[owner_B[b]]), owner_B[b], -len(prompts[b])))
                 for begin in range(0, len(order), self.decode_rows):
                     rows = order[begin : begin + self.decode_rows]
@@ -95,6 +104,7 @@ class _Plan(NamedTuple):
     limit_B: Tensor
     teacher_first_B: Tensor  # tokens that the teacher writes
     teacher_until_B: Tensor  # tokens of which it is asked at all
+    dataset_B: Tensor  # bool, the data's own solution
 
 
 def _plan(
@@ -105,8 +115,10 @@ def _plan(
         return number_B.clamp(low, max_tokens).to(device)
 
     limit_B, first_B = tokens(behavior.limit, 1), tokens(behavior.teacher_first, 0)
+    dataset_B = tokens(behavior.dataset, 0) > 0
     always = behavior.mix is not None or behavior.stop is not None
-    return _Plan(limit_B, first_B, torch.full_like(first_B, max_tokens) if always else first_B)
+    until_B = torch.full_like(first_B, max_tokens) if always else first_B
+    return _Plan(limit_B, first_B, until_B.masked_fill(dataset_B, 0), dataset_B)
 
 
 class _Uniforms(NamedTuple):
@@ -131,7 +143,7 @@ def _uniforms(
 
 def _per_row(behavior: Behavior, plan: _Plan, generated_B: Tensor) -> dict[str, Tensor]:
     out = {"generated": generated_B} if behavior.stop is not None else {}
-    return out | ({"teacher_decoded": generated_B.minimum(plan.teacher_until_B)} if behavior.asks else {})
+    return out | ({"teacher_decoded": generated_B.minimum(plan.teacher_until_B)} if behavior.helped else {})
 
 
 def filtered(logits_RV: Tensor, behavior: Behavior) -> Tensor:

@@ -21,7 +21,8 @@ STYLE = """
 .rollout p { margin: .2em 0; font: .85em/1.4 system-ui, sans-serif; opacity: .8; white-space: pre-wrap }
 .token { white-space: pre-wrap; border-radius: 3px; padding: .1em 0; -webkit-print-color-adjust: exact;
          print-color-adjust: exact; border-bottom: 0 solid CanvasText }
-.token.given { font-style: italic; opacity: .65 } .token.teacher, .token.blend { text-decoration: overline }
+.token.given { font-style: italic; opacity: .65 }
+.token.teacher, .token.blend, .token.dataset { text-decoration: overline }
 """ + "".join(
     f".kl{k} {{ background: {ground}; color: {'white' if k == len(COLOURS) else 'black'}; "
     f"border-bottom-width: {k - 1}px }}\n"

@@ -42,6 +42,14 @@ def test_the_teachers_tokens_are_each_counted_once() -> None:
     assert along("teacher_tokens", pd.DataFrame(rows), Path("run")).to_list() == [100 + 50 - 20 + 30]
 
 
+def test_tokens_of_the_data_are_trained_and_not_sampled(tmp_path: Path) -> None:
+    run = a_run(tmp_path, "sft", 0, [4, 2])
+    counts = {"cost/generated_tokens": 100, "cost/dataset_tokens": 30}
+    metrics = pd.DataFrame([{"step": 1, "name": name, "value": value} for name, value in counts.items()])
+    assert along("flops", metrics, run).to_list() == [10 * (8 * 100 - 2 * 30)]  # a student of 10 parameters
+    assert along("student_tokens", metrics, run).to_list() == [100]
+
+
 def test_running_seeds_count_where_they_are(tmp_path: Path) -> None:
     a_run(tmp_path, "opd", 0, [4, 2], status="RUNNING")
     assert len(curves(tmp_path, "kl/reverse_mean_nats")) == 3

@@ -28,6 +28,7 @@ V, H = 13, 8
 DEPTH = 2
 LENGTHS = (5, 3, 4, 5, 2, 1, 4, 0)
 REWARDS = (1.0, 0, 1, 0, 0, 1, 0, 0)
+SAMPLED = ("behavior_logp_BT", "logp_BT", "entropy_BT")  # what is known of sampled tokens alone
 GROUPS = (0, 0, 0, 1, 1, 1, 1, 1)
 
 
@@ -176,9 +177,14 @@ def small_rollouts(weight_VH: Tensor) -> Rollouts:
 
 def written(rollouts: Rollouts, method: Method) -> Rollouts:
     """The same with their authors: the student, but for the first two tokens of most rollouts where the method lets the
-    teacher begin them."""
+    teacher begin them, and the whole of them where it takes them from the data."""
     mask_BT = rollouts.mask_BT
-    begun_BT = (torch.arange(mask_BT.shape[1]) < 2) & (rollouts.uid_B % 3 != 0)[:, None]
+    most_B1 = (rollouts.uid_B % 3 != 0)[:, None]
+    if "dataset" in method.asks():
+        unknown = {n: getattr(rollouts, n).masked_fill(most_B1, torch.nan) for n in SAMPLED}
+        author_BT = torch.where(most_B1, int(Source.DATASET), int(Source.STUDENT))
+        return replace(rollouts, source_BT=author_BT.where(mask_BT, int(Source.PADDING)).to(torch.int8), **unknown)
+    begun_BT = (torch.arange(mask_BT.shape[1]) < 2) & most_B1
     author_BT = torch.where(begun_BT & ("teacher_tokens" in method.asks()), int(Source.TEACHER), int(Source.STUDENT))
     return replace(rollouts, source_BT=author_BT.where(mask_BT, int(Source.PADDING)).to(torch.int8))
 

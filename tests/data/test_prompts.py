@@ -105,6 +105,23 @@ def test_gsm8k_records_give_the_number_and_the_instruction_once(tokenizer, tmp_p
         assert tokenizer.decode(example.ids).startswith("<system>Be brief.\n<user>")
 
 
+def test_solutions_come_with_their_training_problems(tokenizer, tmp_path):
+    records = [{"question": f"{n} apples?", "answer": f" 2*{n}=<<2*{n}>>\n#### {n} "} for n in range(10)]
+    path = write(tmp_path / "train.jsonl", records)
+    test_path = write(tmp_path / "test.jsonl", [{"question": "11 apples?", "answer": "#### 22", "n": 0}])
+    base = settings("gsm8k", path=path, test_path=test_path, held_out=1, grader="none", instruction=None)
+    data = load(base, tokenizer)
+    assert data.solution is not None and len(data.train) == 9
+    for example in data.train:
+        n = example.messages[0]["content"].split()[0]
+        assert data.solution(example) == f"2*{n}=<<2*{n}>>\n#### {n}"
+    unsolved = load(replace(base, solution_field=None), tokenizer)
+    assert unsolved.solution is None and unsolved.train == data.train and unsolved.digest != data.digest
+    lab = load(settings("lab", problems=5, held_out=1), tokenizer)
+    assert lab.solution is not None and lab.train[0].answer is not None
+    assert arithmetic.grade(lab.solution(lab.train[0]), lab.train[0].answer) == 1.0
+
+
 def test_splits_do_not_depend_on_the_order_of_the_file_or_on_the_tokenizer(tokenizer, tmp_path):
     records = questions(40)
     base = settings("jsonl", held_out=8)
@@ -157,6 +174,13 @@ REFUSED = [
     ({"prompt_field": "q.text"}, [{"q": {"body": "a"}, "n": 1}], "prompt_field=q.text names no field .*has q.body, n"),
     ({"answer_field": "answer"}, [{"prompt": "a"}], "data.answer_field=answer names no field of record 0"),
     ({"answer_field": "answer"}, [{"prompt": "a", "answer": [1]}], r"must hold a text or a number, got '\[1\]'"),
+    ({"solution_field": "s"}, [{"prompt": "a"}], "data.solution_field=s names no field of record 0"),
+    ({"solution_field": "s"}, [{"prompt": "a", "s": " "}], "solution_field=s must hold a text, got ' ' in record 0"),
+    (
+        {"solution_field": "s"},
+        [{"prompt": "a", "s": 7}],
+        "must hold a text, got '7' in record 0",
+    ),
     ({}, [{"prompt": "a"}, {"prompt": 7}], "must hold a text or chat messages .* got '7' in record 1"),
     ({}, [{"prompt": [{"role": "assistant", "content": "a"}]}], "the last one the user's"),
     ({}, [{"prompt": " \n"}], "the prompt of record 0 .* is empty"),

@@ -33,6 +33,17 @@ def test_sft_is_forward_kl_on_average() -> None:
     near(gradient_V, *FORWARD[0])
 
 
+def test_sft_on_a_solution_is_minus_log_p_of_its_tokens() -> None:
+    """Solution 1, 0, 4 under p = .50 .20 .15 .10 .05: -log .2, -log .5, -log .05; the teacher has no say."""
+    method = SFT(source="dataset", refresh="never")
+    for logq_V in (LOGQ, LOGP):
+        loss_N = token_losses(method, LOGP[None], logq_V[None], [1, 0, 4])[TRAINED]
+        near(loss_N, 1.609438, 0.693147, 2.995732)
+    near(loss_N.mean(), 1.766106)
+    one = with_gradient(lambda logp_NV: token_losses(method, logp_NV, LOGQ[None], [1])[TRAINED])
+    near(one[1], 0.5, -0.8, 0.15, 0.1, 0.05)  # p - 1[y]
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
 def test_a_start_mixes_the_token_and_forward_kl(ratio: float) -> None:
     value, gradient_V = expected(TeacherStart(kd_ratio=ratio), START)
@@ -63,6 +74,8 @@ def test_gkd_has_the_generalised_divergence(beta: float) -> None:
 def test_who_writes_when() -> None:
     plain = Behavior(top_k=7)
     assert SFT().behavior(plain, 9, {}) == replace(plain, teacher_first=ENDLESS)
+    given = SFT(source="dataset", refresh="never")
+    assert given.behavior(plain, 9, {}) == replace(plain, dataset=ENDLESS) and given.asks().keys() == {"dataset"}
     start = TeacherStart(warmup_steps=25)
     assert [start.behavior(plain, step, {}) == plain for step in (0, 24, 25, 99)] == [False, False, True, True]
     assert TeacherStart(warmup_steps=0).behavior(plain, 0, {}) == plain and not TeacherStart(warmup_steps=0).asks()
@@ -70,7 +83,10 @@ def test_who_writes_when() -> None:
 
 
 def written_by_teacher(method: GKD, step: int, groups: int = 2000, seed: int = 0) -> Tensor:
-    first = method.behavior(Behavior(), step, {}).teacher_first
+    """Or taken from the data."""
+    behavior = method.behavior(Behavior(), step, {})
+    assert behavior.asks == method.asks().keys()
+    first = behavior.teacher_first or behavior.dataset
     assert callable(first)
     group_B = torch.arange(groups).repeat_interleave(2)
     tokens_B = first(seed, torch.arange(2 * groups) + 7, group_B)
@@ -87,6 +103,7 @@ def test_gkd_flips_one_coin_per_prompt() -> None:
     assert torch.equal(same[0], same[1]) and not torch.equal(same[0], same[2])
     assert not torch.equal(same[0], written_by_teacher(GKD(), step=4))
     assert written_by_teacher(GKD(lambda_=0.0), step=0).all()
+    assert torch.equal(same[0], written_by_teacher(GKD(source="dataset"), step=3))
 
 
 def test_gkd_flips_one_coin_per_step() -> None:
@@ -98,9 +115,11 @@ def test_gkd_flips_one_coin_per_step() -> None:
 def test_gkd_reports_the_share_of_the_student() -> None:
     some = rollouts([[3]] * 4, [[4, 1], [5], [6, 1], [7]])
     source_BT = some.source_BT.clone()
-    source_BT[2][some.mask_BT[2]] = int(Source.TEACHER)
-    found = GKD().metrics(Batch(replace(some, source_BT=source_BT), {}), {})
-    assert found == {"gkd/on_policy_fraction": 0.75}
+    for writer, left in ((Source.TEACHER, 0.75), (Source.DATASET, 0.5)):
+        row = 2 if writer == Source.TEACHER else 1
+        source_BT[row][some.mask_BT[row]] = int(writer)
+        found = GKD().metrics(Batch(replace(some, source_BT=source_BT), {}), {})
+        assert found == {"gkd/on_policy_fraction": left}
 
 
 def test_refresh_never_answers_a_prompt_as_before() -> None:
@@ -127,6 +146,9 @@ def test_refresh_never_answers_a_prompt_as_before() -> None:
     ("cls", "keys", "words"),
     [
         (SFT, {"refresh": "daily"}, "method.refresh must be one of every_step, never, got daily"),
+        (SFT, {"source": "web"}, "method.source must be one of teacher, dataset, got web"),
+        (SFT, {"source": "dataset"}, "method.refresh must be never with method.source=dataset, got every_step: .*"),
+        (GKD, {"source": "student"}, "method.source must be one of teacher, dataset, got student"),
         (GKD, {"lambda_": 1.5}, r"method.lambda_ must be in \[0, 1\], the share .* student writes, got 1.5"),
         (GKD, {"mix": "token"}, "method.mix must be one of prompt, step, got token"),
         (GKD, {"beta": -0.1}, r"GKD convention: 0 = forward KL, 1 = reverse KL\), got -0.1"),
