@@ -31,17 +31,15 @@ from opd_lab import checkpoint, config
 from opd_lab.chunk import Head, States
 from opd_lab.diagnostics import RECORD
 from opd_lab.diagnostics.watch import Watch
-from opd_lab.run import identity, load_parts
+from opd_lab.run import identity, load_parts, trackers
 from opd_lab.settings import RunSettings
 from opd_lab.signals import objective
-from opd_lab.tracking.mlflow import MLflow
-from opd_lab.tracking.run_folder import RunFolder
 from opd_lab.tracking.tracker import FanOut, Tracker
 from opd_lab.train import Trainer
 from opd_lab.types import REVERSE_KL, Batch, Report, Rollouts, Source, Tokens, scatter
 
 VOCABULARY, WIDTH, TOKENS, CHUNK = 151_936, 1_024, 2_048, 512
-LAB_STEPS, LARGE_ROUNDS, TRACKED_STEPS, TRACKED_ROUNDS = 60, 3, 30, 3
+LAB_STEPS, LARGE_ROUNDS, TRACKED_STEPS, TRACKED_ROUNDS = 60, 3, 50, 4
 
 
 class Unwatched(Watch):
@@ -148,25 +146,34 @@ def large(folder: Path) -> None:
 
 
 def tracking(folder: Path) -> None:
-    """Per step: what the loop waits for. The store's own thread works beside it, on the same cores."""
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    ends: list[float] = []
-    for turn in range(2 * TRACKED_ROUNDS):
-        tracked, place = turn % 2 == 0, folder / f"run{turn}"
-        trackers: list[Tracker] = [RunFolder(), MLflow(None, folder)] if tracked else []
-        made = trainer(folder, FanOut(trackers))
-        if tracked:
-            made.tracker.start(identity(made.settings, made.parts, "opd", place, "", step=0))
+    """Per step: what the loop loses, first with one core left for the process that delivers to the store, then with
+    none."""
+    cores = torch.get_num_threads()
+    for threads in sorted({max(cores - 1, 1), cores}):
+        torch.set_num_threads(threads)
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        ends: list[float] = []
+        for turn in range(2 * TRACKED_ROUNDS + 2):
+            tracked, place = turn % 2 == 0, folder / f"{threads}_{turn}"
+            made = trainer(place, FanOut([]))
+            if tracked:
+                made.tracker = trackers(made.settings, place / "run")
+                made.tracker.start(identity(made.settings, made.parts, "opd", place / "run", "", step=0))
 
-        def steps(made: Trainer = made) -> None:
-            for _ in range(TRACKED_STEPS):
-                made.deliver(made.advance())
+            def steps(made: Trainer = made) -> None:
+                for _ in range(TRACKED_STEPS):
+                    made.deliver(made.advance())
 
-        seconds[tracked].append(timed(steps) / TRACKED_STEPS)
-        if tracked:
-            ends.append(timed(lambda made=made: made.tracker.finish("FINISHED")))
-    show("tracking, one step of the lab", seconds[True], seconds[False])
-    print(f"tracking, end of a run of {TRACKED_STEPS} steps: {statistics.median(ends):.2f} s more", flush=True)
+            seconds[tracked].append(timed(steps) / TRACKED_STEPS)
+            if tracked:
+                ends.append(timed(lambda made=made: made.tracker.finish("FINISHED")))
+        show(
+            f"tracking, one step of the lab, {threads} of {cores} cores for torch",
+            seconds[True][1:],
+            seconds[False][1:],
+        )
+        print(f"tracking, end of a run of {TRACKED_STEPS} steps: {statistics.median(ends):.2f} s more", flush=True)
+    torch.set_num_threads(cores)
 
 
 def memory(folder: Path) -> None:

@@ -153,6 +153,7 @@ def check(s: RunSettings) -> None:
         ("evaluate.max_tokens", s.evaluate.max_tokens, 1),
         ("checkpoint.every", s.checkpoint.every, 0),
         ("checkpoint.keep_last", s.checkpoint.keep_last, 1),
+        ("tracking.picture_every", s.tracking.picture_every, 1),
         ("diagnostics.every", s.diagnostics.every, 0),
         ("diagnostics.quadrant_windows", s.diagnostics.quadrant_windows, 1),
         ("diagnostics.rollout_records", s.diagnostics.rollout_records, 0),

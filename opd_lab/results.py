@@ -69,9 +69,10 @@ def _log_again(run: Path, uri: str) -> None:
     from opd_lab.tracking.mlflow import MLflow
 
     run = run.absolute()
-    megabytes = OmegaConf.select(OmegaConf.load(run / "config.yaml"), "tracking.log_model_megabytes")
+    asked = OmegaConf.select(OmegaConf.load(run / "config.yaml"), "tracking") or {}
+    megabytes, picture_every = asked.get("log_model_megabytes", 0), asked.get("picture_every", 1)
     with alone(run):
-        replay.sync(run, MLflow(uri, run.parents[1], megabytes or 0))
+        replay.sync(run, MLflow(uri, run.parents[1], megabytes, picture_every))
 
 
 def show_runs(runs: Sequence[Path], folder: Path, baseline: str | None = None) -> None:

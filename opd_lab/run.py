@@ -30,6 +30,8 @@ from opd_lab.rollout.torch_engine import TorchEngine
 from opd_lab.settings import RunSettings
 from opd_lab.teacher.local import LocalTeacher
 from opd_lab.tracking import read
+from opd_lab.tracking.apart import CAN_FORK, Apart
+from opd_lab.tracking.delivery import Follower
 from opd_lab.tracking.run_folder import RunFolder
 from opd_lab.tracking.tracker import FanOut, RunInfo, Tracker
 from opd_lab.train import Evaluated, Progress, Pruned, Trainer
@@ -172,11 +174,13 @@ def examine(settings: RunSettings, method_name: str, config_yaml: str, say: Say)
 def trackers(settings: RunSettings, folder: Path) -> Tracker:
     """The run folder, and MLflow where it is asked for."""
     t = settings.tracking
+    files = RunFolder(together_seconds=1.0)
     if not t.mlflow:
-        return FanOut([RunFolder()])
+        return FanOut([files])
     from opd_lab.tracking.mlflow import MLflow
 
-    return FanOut([RunFolder(), MLflow(t.uri, Path(t.folder).absolute(), t.log_model_megabytes)])
+    store = MLflow(t.uri, Path(t.folder).absolute(), t.log_model_megabytes, t.picture_every)
+    return FanOut([files, store], follower=Apart if CAN_FORK else Follower)
 
 
 def identity(

@@ -141,6 +141,7 @@ class TrackingSettings:
     mlflow: bool
     uri: str | None  # None = SQLite file in `folder`
     log_model_megabytes: float  # the final student becomes a logged model of MLflow if it is no larger; 0 = never
+    picture_every: int  # steps between MLflow's pictures of histograms over training
     experiment: str
     name: str | None  # run name; None = made from method, model, data, seed
 

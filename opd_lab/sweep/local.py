@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from opd_lab.sweep.contract import Ended, Mail
 from opd_lab.sweep.settings import LocalSettings
@@ -170,10 +172,16 @@ def _resident_bytes(pid: int | None) -> int:
         return 0
     for member in family:
         try:
-            total += member.memory_info().rss
+            total += _own_bytes(member)
         except psutil.NoSuchProcess:
             continue
     return total
+
+
+def _own_bytes(process: Any) -> int:
+    """What a trial's processes share, for one is the fork of another, is divided among them where the system tells."""
+    used = process.memory_full_info() if sys.platform == "linux" else process.memory_info()
+    return getattr(used, "pss", used.rss)
 
 
 @contextmanager

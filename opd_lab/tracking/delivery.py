@@ -6,69 +6,81 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from opd_lab.tracking.run_folder import BEFORE, JOURNAL, lines_from
+from opd_lab.tracking.run_folder import JOURNAL, lines_from, within
 from opd_lab.types import Histogram, Report
 
 if TYPE_CHECKING:
-    from opd_lab.tracking.tracker import Tracker
+    from opd_lab.tracking.tracker import RunInfo, Tracker
+
+Rows = dict[int, list[dict[str, Any]]]  # of a table, by step
 
 log = logging.getLogger("opd_lab.tracking")
 
 
 class Reports:
-    """The reports in a run folder, each handed out once, in order; `new` may be asked again while the run goes on."""
+    """The reports in a run folder, each handed out once, in order; `new` may be asked again while the run goes on.
+    `tables` are those that are wanted beside the histograms; None = all."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._offset = folder, 0
-        self._merged: dict[Path, dict[int, list[dict[str, Any]]]] = {}  # file of many steps -> step -> rows
+    def __init__(self, folder: Path, tables: Collection[str] | None = None) -> None:
+        self._folder, self._offset, self._tables = folder, 0, tables
+        self._read: dict[str, tuple[Path, Rows]] = {}  # table -> the file read last
 
     def new(self) -> Iterator[Report]:
         """A report counts as handed out when the next one is asked for: where its delivery fails, it comes again."""
-        for line, end in lines_from(self._folder / JOURNAL, self._offset):
-            yield self._report(line)
+        lines = list(lines_from(self._folder / JOURNAL, self._offset))
+        files = self._files() if lines else {}  # after the lines: a table is there before its line
+        for line, end in lines:
+            yield self._report(line, files)
             self._offset = end
 
-    def _report(self, line: dict[str, Any]) -> Report:
+    def _report(self, line: dict[str, Any], files: Mapping[str, list[Path]]) -> Report:
         step = line["step"]
-        tables = {name: rows for name in self._names() if (rows := self._rows(name, step))}
+        tables = {name: rows for name in files if (rows := self._rows(name, files[name], step))}
         histograms = {
             row["name"]: Histogram(torch.tensor(row["counts"], dtype=torch.int64), row["bins"])
             for row in tables.pop("histograms", [])
         }
         return Report(step, line["scalars"], histograms, tables, line["time"])
 
-    def _names(self) -> list[str]:
-        merged = {path.stem for path in self._folder.glob("*.parquet")} - {"metrics", "timing"}
-        return sorted(merged | {path.name for path in (self._folder / "segments").glob("*")})
+    def _files(self) -> dict[str, list[Path]]:
+        merged = {path.stem: path for path in self._folder.glob("*.parquet") if path.stem not in ("metrics", "timing")}
+        names = merged.keys() | {path.name for path in (self._folder / "segments").glob("*")}
+        if self._tables is not None:
+            names &= {"histograms", *self._tables}
+        return {
+            name: [merged[name]] if name in merged else sorted((self._folder / "segments" / name).glob("*.parquet"))
+            for name in sorted(names)
+        }
 
-    def _rows(self, name: str, step: int) -> list[dict[str, Any]]:
+    def _rows(self, name: str, paths: Iterable[Path], step: int) -> list[dict[str, Any]]:
+        there = [path for path in paths if path.parent == self._folder or within(step, path)]
+        return [row for path in there for row in self._by_step(name, path).get(step, [])]
+
+    def _by_step(self, name: str, path: Path) -> Rows:
         import pyarrow.parquet as pq
 
-        segments = self._folder / "segments" / name
-        if own := sorted(segments.glob(f"{step:08d}-?*.parquet")):
-            return [row for path in own for row in pq.ParquetFile(path).read().to_pylist()]
-        whole = self._folder / f"{name}.parquet"
-        merged = whole if whole.exists() else segments / BEFORE
-        if merged not in self._merged and merged.exists():
-            by_step = self._merged.setdefault(merged, {})
-            for row in pq.ParquetFile(merged).read().to_pylist():
-                by_step.setdefault(row["step"], []).append(row)
-        return self._merged.get(merged, {}).get(step, [])
+        if self._read.get(name, (None,))[0] != path:
+            rows: Rows = {}
+            for row in pq.ParquetFile(path).read().to_pylist():
+                rows.setdefault(row["step"], []).append(row)
+            self._read[name] = path, rows
+        return self._read[name][1]
 
 
 class Follower:
-    """A thread that brings a started tracker what the run folder has; what comes within `together_seconds` is delivered
-    together, which costs less. One failure is a warning; then it tries again every `retry_seconds`, and a last time at
-    the end."""
+    """A thread that brings a tracker, which it starts, what the run folder has; what comes within `together_seconds` is
+    delivered together, which costs less. One failure is a warning; then it tries again every `retry_seconds`, and a
+    last time at the end."""
 
-    def __init__(self, tracker: Tracker, folder: Path, retry_seconds: float, together_seconds: float) -> None:
-        self._tracker, self._reports = tracker, Reports(folder)
+    def __init__(self, tracker: Tracker, run: RunInfo, retry_seconds: float, together_seconds: float) -> None:
+        tracker.start(run)
+        self._tracker, self._reports = tracker, Reports(run.folder, tracker.tables)
         self._retry_seconds, self._together_seconds = retry_seconds, together_seconds
         self._calls: deque[tuple[str, tuple[Any, ...]]] = deque()  # tags and files, which the folder has as well
         self._warned = False

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 LEAST_SHARE = 1e-4  # colour is logarithmic from here to 1; below it a bin is left white
 KL_RANGE = (1e-3, 10.0)  # nats; likewise, and the ends stand for what lies beyond
 LEFT, TOP, RIGHT, BOTTOM = 56, 26, 12, 34  # margins, pixels
-WHITE = 255  # the palette's last place; before it stand the shades
-WIDTH, HEIGHT = 480, 480  # square, as the frames of MLflow's charts are
+SHADES, GREYS, WHITE = 239, 16, 255  # the palette: shades, then greys from black on, the last of them white
+WIDTH, HEIGHT = 512, 512  # square, as the frames of MLflow's charts are, and twice as large as those
 
 
 def heat_map(name: str, bins: str, steps: Sequence[int], counts_SK: Sequence[Sequence[int]]) -> Image:
@@ -49,30 +49,31 @@ def position_map(name: str, steps: Sequence[int], kl_SK: Sequence[Sequence[float
 
 @cache
 def _palette() -> list[int]:
-    """The colours as Pillow keeps them: pale to dark, then white."""
+    """The colours as Pillow keeps them: pale to dark, then black to white."""
     import matplotlib
     import numpy as np
 
-    shades = matplotlib.colormaps["viridis_r"](np.linspace(0, 1, WHITE))[:, :3]
-    return [*(shades * 255).astype(int).flatten().tolist(), 255, 255, 255]
+    shades = (matplotlib.colormaps["viridis_r"](np.linspace(0, 1, SHADES))[:, :3] * 255).astype(int)
+    greys = np.linspace(0, 255, GREYS + 1).astype(int)
+    return [*shades.flatten().tolist(), *greys.repeat(3).tolist()]
 
 
 def _coloured(depth_SK: np.ndarray, there_SK: np.ndarray) -> np.ndarray:
     """Depths in [0, 1] as places in the palette, shape SK."""
     import numpy as np
 
-    shade_SK = (np.nan_to_num(depth_SK) * WHITE).clip(0, WHITE - 1).astype(np.uint8)
+    shade_SK = (np.nan_to_num(depth_SK) * SHADES).clip(0, SHADES - 1).astype(np.uint8)
     shade_SK[~there_SK] = WHITE
     return shade_SK
 
 
 @lru_cache(maxsize=64)
 def _axes(title: str, ticks: tuple[tuple[float, str], ...]) -> Image:
-    """What is the same at every step; ticks are at fractions of the height."""
+    """What is the same at every step, in grey; ticks are at fractions of the height."""
     from PIL import Image, ImageDraw
 
     across, upwards = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    picture = Image.new("L", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(picture)
     draw.rectangle((LEFT - 1, TOP - 1, LEFT + across, TOP + upwards), outline="black")
     draw.text((LEFT, 6), title, fill="black")
@@ -93,13 +94,13 @@ def _drawn(title: str, steps: Sequence[int], shade_SK: np.ndarray, ticks: Mappin
     end = 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1  # the last column is as wide as the one before
     at_X = np.searchsorted(steps, np.linspace(steps[0], end, across, endpoint=False), side="right") - 1
     bin_Y = np.arange(upwards)[::-1] * shade_SK.shape[1] // upwards
-    inside = Image.fromarray(shade_SK[at_X[None, :], bin_Y[:, None]])
-    inside.putpalette(_palette())
-    picture = _axes(title, tuple(ticks.items())).copy()
-    picture.paste(inside.convert("RGB"), (LEFT, TOP))
-    draw = ImageDraw.Draw(picture)
+    axes = _axes(title, tuple(ticks.items())).copy()
+    draw = ImageDraw.Draw(axes)
     draw.text((LEFT, HEIGHT - 22), str(steps[0]), fill="black", anchor="ma")
     last = LEFT + across * (steps[-1] - steps[0]) / (end - steps[0])
     if last > LEFT + 40:
         draw.text((last, HEIGHT - 22), str(steps[-1]), fill="black", anchor="ma")
+    picture = axes.point([SHADES + grey * GREYS // 255 for grey in range(256)])
+    picture.paste(Image.fromarray(shade_SK[at_X[None, :], bin_Y[:, None]]), (LEFT, TOP))
+    picture.putpalette(_palette())
     return picture

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
-import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from opd_lab.tracking.model import log_model
-from opd_lab.tracking.showing import Shown
+from opd_lab.tracking.showing import TABLES, Shown
 from opd_lab.tracking.stored import PARAMS, quiet
 from opd_lab.tracking.tracker import RunInfo
 from opd_lab.types import Report
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 LONGEST_PARAM, LONGEST_TAG, LONGEST_DIGEST = 6000, 8000, 36  # characters that MLflow takes
 BATCH = 1000  # metrics that MLflow takes in one call
 LOGGED = (".parquet", ".txt", ".diff", ".yaml", ".html", ".png", ".json", ".jsonl")
-NOT_LOGGED = ("checkpoints", "segments", "student", "status.json", "mlflow.json", "journal.jsonl")
+NOT_LOGGED = ("checkpoints", "segments", "student", "status.json", "mlflow.json", "journal.jsonl", "undelivered")
 SHOWN = ("method", "optim", "rollout")  # groups of settings
+WAITING = "undelivered"  # in the run folder: files that wait, as metrics and tags do in memory
 IDENTITY = "mlflow.json"  # in the run folder: which MLflow run it is
 
 
@@ -107,15 +108,17 @@ class MLflow:
     name: ClassVar[str] = "mlflow"
     remote: ClassVar[bool] = True
 
-    def __init__(self, uri: str | None, folder: Path, log_model_megabytes: float = 0) -> None:
+    tables: ClassVar[Collection[str]] = (*TABLES, "positions")
+
+    def __init__(self, uri: str | None, folder: Path, log_model_megabytes: float = 0, picture_every: int = 1) -> None:
         self._uri, self._folder, self._log_model_megabytes = uri, folder, log_model_megabytes
+        self._shown = Shown(picture_every)
         self.run_id = ""
 
     def start(self, run: RunInfo) -> None:
         """Create the run, or go on with the one that the run folder or MLFLOW_RUN_ID names."""
         self._store = store = open_store(self._uri, self._folder, run.experiment)
         self._client, self._run_folder = store.client, run.folder
-        self._shown = Shown()
         before = self._known(run)
         mine = before if run.step else None
         if before is not None and mine is None and before.info.status == "RUNNING":
@@ -132,6 +135,8 @@ class MLflow:
         last = [metric.step for metric in mine.data._metric_objs] if mine else []
         self._last = max(last, default=-1)  # no report is cut in two, and its scalars are the last thing sent of it
         self._metrics: list[Any] = []
+        self._files = run.folder / WAITING
+        shutil.rmtree(self._files, ignore_errors=True)
         self._tags: dict[str, str] = {}
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / IDENTITY).write_text(json.dumps({"uri": store.uri, "run_id": self.run_id}))
@@ -166,21 +171,17 @@ class MLflow:
             self._client.log_inputs(self.run_id, _dataset_inputs(run.dataset))
 
     def log(self, report: Report) -> None:
-        """Pictures and pages first: the scalars, which `flush` sends, say that the report is complete."""
+        """What `flush` sends."""
         from mlflow.entities import Metric
 
-        self._shown.add(report)
         if report.step <= self._last:
+            self._shown.skip(report)
             return
         if len(self._metrics) + len(report.scalars) > BATCH:
             self.flush()
-        with tempfile.TemporaryDirectory() as scratch:
-            tags = self._shown.write(report, Path(scratch), seed=self._run_folder.name)
-            if tags:
-                self._client.log_artifacts(self.run_id, scratch)
+        self._tags |= self._shown.add(report, self._files, seed=self._run_folder.name)
         at = round(1000 * (report.time or time.time()))
         self._metrics += [Metric(name, value, at, report.step) for name, value in report.scalars.items()]
-        self._tags |= tags
         self._last = report.step
 
     def artifact(self, path: Path, folder: str = "") -> None:
@@ -190,14 +191,23 @@ class MLflow:
         self._client.log_batch(self.run_id, tags=_tags({name: value}))
 
     def flush(self) -> None:
-        """Send the scalars that wait; where that fails they wait on."""
+        """Send what waits, scalars last: they say that a report is complete. Where that fails it waits on."""
+        self._send_files()
         if self._metrics:
             self._client.log_batch(self.run_id, metrics=self._metrics, tags=_tags(self._tags), synchronous=True)
             self._metrics, self._tags = [], {}
 
+    def _send_files(self) -> None:
+        if self._files.exists():
+            self._client.log_artifacts(self.run_id, str(self._files))
+            shutil.rmtree(self._files)
+
     def finish(self, status: str) -> None:
         """Log the run folder's files and all of its tags, and the student as a model; then close the run."""
         self.flush()
+        if status == "FINISHED":
+            self._shown.finish(self._files, seed=self._run_folder.name)
+            self._send_files()
         for path in sorted(self._run_folder.rglob("*")):
             inside = path.relative_to(self._run_folder)
             if path.is_file() and path.suffix in LOGGED and inside.parts[0] not in NOT_LOGGED:

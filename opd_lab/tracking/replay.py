@@ -21,7 +21,7 @@ def sync(folder: Path, tracker: Tracker) -> None:
     if read.status(folder)["status"] not in STATUSES:
         close(folder, "KILLED")
     tracker.start(read.info(folder, step=sys.maxsize))
-    for report in Reports(folder).new():
+    for report in Reports(folder, tracker.tables).new():
         tracker.log(report)
     tracker.finish(read.status(folder)["status"])
 

@@ -4,13 +4,16 @@
     status.json                               name, status, params, tags; rewritten as they change
     journal.jsonl                             the scalars, one line per report, as they come, with the time
     dropped.jsonl                             lines that a resumed run dropped, until it has ended
-    segments/<table>/<step>-<n>.parquet       histograms and tables, as they come
+    segments/<table>/<first>-<last>-<n>.parquet   histograms and tables of some steps, as they come
     metrics.parquet  timing.parquet           the journal's rows (step, name, value), at the end
     <table>.parquet                           the segments, merged at the end
 
 What a clock or an allocator says (`time/*`, `memory/*`, `*_per_second`) has its own file, timing.parquet, so that two
 runs of one seed have the same metrics.parquet byte for byte. A resumed run drops what it will log again; but a step
 that is done twice keeps what the clock said the first time, for that is what a store may have been told.
+
+To write a small file costs more than what is in it, so reports of up to `together_seconds` are written together. What
+a checkpoint was made after is written before it.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,7 +35,12 @@ if TYPE_CHECKING:  # readers of run folders do without torch
 
 
 JOURNAL = "journal.jsonl"
-BEFORE = "00000000-.parquet"  # the segment of a resumed run that holds all steps before
+BEFORE = "00000000-before.parquet"  # the segment of a resumed run that holds all steps before
+
+
+def within(step: int, segment: Path) -> bool:
+    """Whether a segment may hold rows of a step."""
+    return segment.name == BEFORE or int(segment.name[:8]) <= step <= int(segment.name[9:17])
 
 
 def volatile(name: str) -> bool:
@@ -46,10 +54,16 @@ def now() -> float:
 
 
 class RunFolder:
-    """A tracker that writes files, at once."""
+    """A tracker that writes files."""
 
     name: ClassVar[str] = "run_folder"
     remote: ClassVar[bool] = False
+    tables: ClassVar[Collection[str]] = ()
+
+    def __init__(self, together_seconds: float = 0.0) -> None:
+        self._together_seconds, self._due = together_seconds, 0.0
+        self._waiting: list[tuple[Report, float]] = []  # and when each came
+        self._written = 0  # segments
 
     def start(self, run: RunInfo) -> None:
         self._folder = run.folder
@@ -80,22 +94,29 @@ class RunFolder:
         self._save_status()
 
     def log(self, report: Report) -> None:
+        self._waiting.append((report, now()))
+        if time.monotonic() >= self._due:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
         """The tables first: a report is there once its line is in the journal."""
-        tables = dict(report.tables)
-        if report.histograms:
-            tables["histograms"] = [
-                {"name": name, "bins": h.bins, "counts": h.counts_K.tolist()} for name, h in report.histograms.items()
-            ]
+        tables: dict[str, list[dict[str, Any]]] = {}
+        lines = []
+        for report, at in self._waiting:
+            for name, rows in _tables(report).items():
+                tables.setdefault(name, []).extend({"step": report.step, **row} for row in rows)
+            first = self._first.get(report.step, {"time": at, "scalars": {}})
+            said = {n: v for n, v in first["scalars"].items() if volatile(n) and n in report.scalars}
+            lines.append({"step": report.step, "time": first["time"], "scalars": report.scalars | said})
         for name, rows in tables.items():
-            self._segment(name, report.step, rows)
-        first = self._first.get(report.step, {"time": now(), "scalars": {}})
-        said = {n: v for n, v in first["scalars"].items() if volatile(n) and n in report.scalars}
-        line = {"step": report.step, "time": first["time"], "scalars": report.scalars | said}
+            self._segment(name, rows)
         with (self._folder / JOURNAL).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._waiting, self._due = [], time.monotonic() + self._together_seconds
 
     def flush(self) -> None:
         """Have the disk write what was logged so far: at a checkpoint, which is worth nothing without it."""
+        self._write_waiting()
         for path in {*self._unsafe, *(path.parent for path in self._unsafe)}:
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
@@ -113,18 +134,22 @@ class RunFolder:
         self._save_status()
 
     def finish(self, status: str) -> None:
+        self._write_waiting()
         close(self._folder, status)
 
-    def _segment(self, name: str, step: int, rows: list[dict[str, Any]]) -> None:
+    def _segment(self, name: str, rows: list[dict[str, Any]]) -> None:
         import pyarrow as pa
 
-        if rows:
-            folder = self._folder / "segments" / name
-            folder.mkdir(parents=True, exist_ok=True)
-            place = sum(1 for _ in folder.glob(f"{step:08d}-*.parquet"))
-            table = pa.Table.from_pylist([{"step": step, **row} for row in rows])
-            _write(folder / f"{step:08d}-{place:04d}.parquet", table)
-            self._unsafe.append(folder / f"{step:08d}-{place:04d}.parquet")
+        if not rows:
+            return
+        folder = self._folder / "segments" / name
+        if not folder.exists():
+            folder.mkdir(parents=True)
+        path = folder / f"{rows[0]['step']:08d}-{rows[-1]['step']:08d}-{self._written:06d}.parquet"
+        columns = {column: None for row in rows for column in row}
+        _write(path, pa.table({column: [row.get(column) for row in rows] for column in columns}))
+        self._unsafe.append(path)
+        self._written += 1
 
     def _keep(self, name: str, text: str, step: int) -> None:
         """A resumed run that differs from its beginning says so in a file beside the first."""
@@ -135,6 +160,14 @@ class RunFolder:
 
     def _save_status(self) -> None:
         _save_status(self._folder, self._status)
+
+
+def _tables(report: Report) -> dict[str, list[dict[str, Any]]]:
+    """A report's tables, its histograms as one of them."""
+    histograms = [
+        {"name": name, "bins": h.bins, "counts": h.counts_K.tolist()} for name, h in report.histograms.items()
+    ]
+    return report.tables | ({"histograms": histograms} if histograms else {})
 
 
 def close(folder: Path, status: str) -> None:
@@ -208,9 +241,9 @@ def _rewind(folder: Path, step: int) -> dict[int, dict[str, Any]]:
         path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in kept))
         path.with_suffix(".tmp").replace(path)
     for path in (folder / "segments").glob("*/*.parquet"):
-        if int(path.name.split("-")[0]) >= step:
+        if int(path.name[:8]) >= step:
             path.unlink()
-        elif path.name == BEFORE:
+        elif path.name == BEFORE or int(path.name[9:17]) >= step:
             _keep_before(step, path, path)
     for path in folder.glob("*.parquet"):
         if path.stem not in ("metrics", "timing"):

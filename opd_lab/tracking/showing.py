@@ -11,68 +11,94 @@ import math
 import re
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opd_lab.tracking.coloured import page
 from opd_lab.tracking.figures import heat_map, position_map
 from opd_lab.types import Report
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-THUMBNAIL = 256  # pixels; MLflow's charts show these, and the picture itself on a click
 DIGITS = 4  # of the numbers in MLflow's tables; the run folder's files have all
+POSITIONS = "kl/by_position_nats"
 TABLES = ("high_loss_tokens", "rollouts")
 FIRST = ("token", "prompt", "kl_mean_nats", "text", "reward", "count")  # MLflow groups by a table's first column
 
 
 class Shown:
-    """What a run has shown so far: a picture of a step is a picture of training up to it."""
+    """What a run has shown so far. A picture shows training up to its step, so one in `picture_every` steps is enough:
+    to draw them takes longer than a small step of training does."""
 
-    def __init__(self) -> None:
+    def __init__(self, picture_every: int = 1) -> None:
+        self._every = picture_every
         self._histograms: dict[str, tuple[str, dict[int, list[int]]]] = {}  # name -> bins, step -> counts
         self._positions: dict[int, list[float]] = {}  # step -> mean KL by decile of the response
+        self._drawn: dict[str, int] = {}  # picture -> step at which it was drawn last
+        self._undrawn: dict[str, Report] = {}  # picture -> the last report that it has not shown
 
-    def add(self, report: Report) -> None:
+    def add(self, report: Report, folder: Path, seed: str) -> dict[str, str]:
+        """Write the files of a report below a folder; the tags that make MLflow look at them."""
+        self._remember(report)
+        due = self._take_due()
+        for name, of in due:
+            self._picture(name, of, folder, seed)
+        tables = [name for name in TABLES if report.tables.get(name)]
+        for name in tables:
+            _write(folder / f"{name}.json", json.dumps(_table(report.tables[name])))
+        if rows := report.tables.get("rollouts"):
+            text = page(rows, f"{seed}: rollouts of step {report.step}")
+            _write(folder / "rollouts" / f"step_{report.step:06d}.html", text)
+        tags = {"mlflow.loggedImages": "True"} if due else {}
+        shown = [{"path": f"{name}.json", "type": "table"} for name in TABLES]
+        return tags | ({"mlflow.loggedArtifacts": json.dumps(shown)} if tables else {})
+
+    def skip(self, report: Report) -> None:
+        """As `add`, where the files are there already."""
+        self._remember(report)
+        self._take_due()
+
+    def finish(self, folder: Path, seed: str) -> None:
+        """Write the pictures of what has come since the last."""
+        for name, of in self._undrawn.items():
+            self._picture(name, of, folder, seed)
+
+    def _remember(self, report: Report) -> None:
         for name, histogram in report.histograms.items():
             _, by_step = self._histograms.setdefault(name, (histogram.bins, {}))
             by_step[report.step] = histogram.counts_K.tolist()
+            self._undrawn[name] = report
         rows = {row["decile"]: row.get("kl_reverse_mean_nats") for row in report.tables.get("positions", [])}
         if any(value is not None for value in rows.values()):
             self._positions[report.step] = [_number(rows.get(decile)) for decile in range(10)]
+            self._undrawn[POSITIONS] = report
 
-    def write(self, report: Report, folder: Path, seed: str) -> dict[str, str]:
-        """The files of an added report, below a folder; the tags that make MLflow look at them."""
-        tags = {}
-        for name in report.histograms:
+    def _take_due(self) -> list[tuple[str, Report]]:
+        due = [
+            (name, report)
+            for name, report in self._undrawn.items()
+            if report.step // self._every > self._drawn.get(name, -1) // self._every
+        ]
+        for name, report in due:
+            self._drawn[name] = report.step
+            del self._undrawn[name]
+        return due
+
+    def _picture(self, name: str, report: Report, folder: Path, seed: str) -> None:
+        if name == POSITIONS:
+            picture = position_map(name, list(self._positions), list(self._positions.values()))
+        else:
             bins, by_step = self._histograms[name]
-            self._picture(heat_map(name, bins, list(by_step), list(by_step.values())), name, report, folder, seed)
-        if report.step in self._positions:
-            drawn = position_map("kl/by_position_nats", list(self._positions), list(self._positions.values()))
-            self._picture(drawn, "kl/by_position_nats", report, folder, seed)
-        if (folder / "images").exists():
-            tags["mlflow.loggedImages"] = "True"
-        tables = [name for name in TABLES if report.tables.get(name)]
-        for name in tables:
-            (folder / f"{name}.json").write_text(json.dumps(_table(report.tables[name])))
-        if tables:
-            tags["mlflow.loggedArtifacts"] = json.dumps([{"path": f"{t}.json", "type": "table"} for t in TABLES])
-        if rows := report.tables.get("rollouts"):
-            (folder / "rollouts").mkdir()
-            text = page(rows, f"{seed}: rollouts of step {report.step}")
-            (folder / "rollouts" / f"step_{report.step:06d}.html").write_text(text)
-        return tags
-
-    def _picture(self, picture: Image, name: str, report: Report, folder: Path, seed: str) -> None:
-        from PIL.Image import Resampling
-
+            picture = heat_map(name, bins, list(by_step), list(by_step.values()))
         key = re.sub(r"[^\w\-./ ]", "_", name, flags=re.A)
         id = uuid.uuid5(uuid.NAMESPACE_URL, f"{seed} {key} {report.step}")
         stem = f"{key.replace('/', '~')}+step+{report.step}+timestamp+{round(1000 * report.time)}+{id}"
-        (folder / "images").mkdir(exist_ok=True)
+        (folder / "images").mkdir(parents=True, exist_ok=True)
         picture.save(folder / "images" / f"{stem}.png", compress_level=1)  # the fastest: there are many of them
-        small = picture.resize((THUMBNAIL, THUMBNAIL), Resampling.BOX)
-        small.save(folder / "images" / f"{stem}+compressed.webp", method=0)
+        # what MLflow's charts show, and the picture itself on a click
+        picture.convert("RGB").reduce(2).save(folder / "images" / f"{stem}+compressed.webp", method=0)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def _table(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,19 +1,20 @@
 """Report -> wherever runs are kept. One protocol, and a fan-out that never gets in the way of the training loop.
 
-Everything goes to the run folder first, at once; a run whose folder cannot be written stops. Remote trackers follow the
-folder in threads of their own. One that cannot start stops the run, before the first token. One that fails later warns
-once and is tried again, so a store may come and go while a run goes on.
+Everything goes to the run folder first; a run whose folder cannot be written stops. Remote trackers follow the folder
+in threads or processes of their own. One that cannot start stops the run, before the first token. One that fails later
+warns once and is tried again, so a store may come and go while a run goes on.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
+from opd_lab.tracking.apart import Apart
 from opd_lab.tracking.delivery import Follower
 from opd_lab.types import Report
 
@@ -43,10 +44,12 @@ class RunInfo:
 
 
 class Tracker(Protocol):
-    """Where reports go. A `remote` one may be told of a report twice, if it failed in the middle of the first time."""
+    """Where reports go. A `remote` one may be told of a report twice, if it failed in the middle of the first time; it
+    says which `tables` it wants beside the histograms."""
 
     name: ClassVar[str]
     remote: ClassVar[bool]
+    tables: ClassVar[Collection[str]]
 
     def start(self, run: RunInfo) -> None: ...
     def log(self, report: Report) -> None: ...
@@ -61,12 +64,19 @@ class FanOut:
 
     name: ClassVar[str] = "all"
     remote: ClassVar[bool] = False
+    tables: ClassVar[Collection[str]] = ()
 
-    def __init__(self, trackers: Sequence[Tracker], retry_seconds: float = 30.0, together_seconds: float = 2.0) -> None:
+    def __init__(
+        self,
+        trackers: Sequence[Tracker],
+        retry_seconds: float = 30.0,
+        together_seconds: float = 2.0,
+        follower: type[Follower | Apart] = Follower,
+    ) -> None:
         self._local = [tracker for tracker in trackers if not tracker.remote]
         self._remote = [tracker for tracker in trackers if tracker.remote]
-        self._pace = retry_seconds, together_seconds
-        self._followers: list[Follower] = []
+        self._pace, self._follower = (retry_seconds, together_seconds), follower
+        self._followers: list[Follower | Apart] = []
 
     def start(self, run: RunInfo) -> None:
         run = replace(
@@ -74,16 +84,14 @@ class FanOut:
             params={key(name): value for name, value in run.params.items()},
             tags={key(name): value for name, value in run.tags.items()},
         )
-        started: list[Tracker] = []
-        for tracker in [*self._local, *self._remote]:
+        for tracker in self._local:
+            tracker.start(run)
+        for tracker in self._remote:
             try:
-                tracker.start(run)
+                self._followers.append(self._follower(tracker, run, *self._pace))
             except Exception:
-                for other in started:
-                    other.finish("FAILED")
+                self.finish("FAILED")
                 raise
-            started.append(tracker)
-        self._followers = [Follower(tracker, run.folder, *self._pace) for tracker in self._remote]
 
     def log(self, report: Report) -> None:
         """Numbers that are not finite are logged as NaN and counted."""

@@ -46,11 +46,11 @@ def test_each_fate_is_that_trials_alone(tmp_path):
 
 def test_time_and_memory_have_limits(tmp_path):
     settings = sweep_settings(space={"fate": ["slow", "large", "well"]}, time_limit_seconds=4.0)
-    bench = Bench(tmp_path, settings, slots=2, memory_limit_gib=1.2).run()
+    bench = Bench(tmp_path, settings, slots=2, memory_limit_gib=0.9).run()
     assert bench.states() == "FAIL FAIL COMPLETE"
     why = [t.user_attrs.get("why", "") for t in bench.study.trials()]
     assert why[0] == "time limit of 4 s"
-    assert why[1].startswith("memory limit of 1.2 GiB: it used 1.")
+    assert why[1].startswith("memory limit of 0.9 GiB: it used 1.")
 
 
 def test_a_process_that_never_starts_to_work_has_the_same_limit(tmp_path, monkeypatch):

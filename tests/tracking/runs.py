@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,6 +58,7 @@ class Flaky:
 
     name: ClassVar[str] = "flaky"
     remote: ClassVar[bool] = True
+    tables: ClassVar[Collection[str]] = ()
 
     def __init__(self) -> None:
         self.up, self.got, self.tries = True, [], 0

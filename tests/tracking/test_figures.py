@@ -12,7 +12,7 @@ def test_a_step_owns_its_columns_and_a_bin_its_rows() -> None:
     bins = len(BINS["kl_nats"]) + 1
     low, high = [0] * bins, [0] * bins
     low[0], high[-1] = 5, 7
-    pixels_YX3 = np.asarray(heat_map("x", "kl_nats", [0, 10], [low, high]))
+    pixels_YX3 = np.asarray(heat_map("x", "kl_nats", [0, 10], [low, high]).convert("RGB"))
     height, width = pixels_YX3.shape[:2]
     first_Y, last_Y = pixels_YX3[:, LEFT + 5], pixels_YX3[:, width - 13]
     coloured = [np.flatnonzero((column != 255).any(1)) for column in (first_Y, last_Y)]

@@ -78,6 +78,31 @@ def test_a_run_with_everything(home: Path) -> None:
     assert run.data.tags["mlflow.loggedImages"] == "True"
 
 
+def test_pictures_come_every_so_many_steps_and_at_the_end_also_when_half_of_the_run_is_there(tmp_path: Path) -> None:
+    def pictured(tracker: MLflow, name: str) -> list[int]:
+        client, found = open_store(None, tmp_path, "tests").client, []
+        for file in client.list_artifacts(tracker.run_id, "images"):
+            key, _, step, *_ = file.path.removeprefix("images/").split("+")
+            if file.path.endswith(".png") and key == name:
+                found.append(int(step))
+        return sorted(found)
+
+    tracker = MLflow(None, tmp_path, picture_every=5)
+    fan = FanOut([RunFolder(), tracker])
+    fan.start(info(tmp_path / "a"))
+    for step in range(1, 4):
+        fan.log(report(step))
+    fan.finish("KILLED")
+    assert pictured(tracker, "kl~reverse_nats") == [1]
+    tracker = MLflow(None, tmp_path, picture_every=5)
+    fan = FanOut([RunFolder(), tracker])
+    fan.start(info(tmp_path / "a", step=4))
+    for step in range(4, 14):
+        fan.log(report(step))
+    fan.finish("FINISHED")
+    assert pictured(tracker, "kl~reverse_nats") == pictured(tracker, "kl~by_position_nats") == [1, 5, 10, 13]
+
+
 def test_a_resumed_run_goes_on_in_its_own_run_and_logs_no_step_twice(home: Path) -> None:
     folder = home / "resumed"
 

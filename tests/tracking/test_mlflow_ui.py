@@ -105,7 +105,7 @@ def test_a_histogram_shows_its_picture_of_a_chosen_step_for_every_run(page: Any,
     pictures.first.click()  # the whole picture, not its small copy
     whole = page.locator("img[src*='kl~reverse_nats'][src*='.png']")
     whole.wait_for()
-    wait_for(lambda: whole.evaluate("image => image.naturalWidth") == 480, 20)
+    wait_for(lambda: whole.evaluate("image => image.naturalWidth") == 512, 20)
     page.screenshot(path=tmp_path / "whole.png")
 
 

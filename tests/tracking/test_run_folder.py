@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from opd_lab.tracking import read
+from opd_lab.tracking.delivery import Reports
 from opd_lab.tracking.run_folder import RunFolder, read_table
 from tests.tracking.runs import info, report
 
@@ -39,6 +40,33 @@ def test_a_resumed_run_leaves_what_the_whole_run_leaves(tmp_path: Path, end: str
         assert repr(read_table(whole, name).to_pylist()) == repr(read_table(parts, name).to_pylist())
         assert read.table(parts, name).step.to_list() == list(range(6))
     assert not list(parts.rglob("*.tmp")) and not (parts / "segments").exists()
+
+
+def test_reports_that_come_close_together_are_written_together_and_before_a_checkpoint(tmp_path: Path) -> None:
+    tracker = RunFolder(together_seconds=3600)
+    tracker.start(info(tmp_path / "a"))
+    for step in range(4):
+        tracker.log(report(step))  # the first at once
+    assert list(read.metrics(tmp_path / "a").step.unique()) == [0]
+    tracker.flush()
+    assert list(read.metrics(tmp_path / "a").step.unique()) == [0, 1, 2, 3]
+    segments = tmp_path / "a" / "segments" / "rollouts"
+    assert [path.name[:17] for path in sorted(segments.iterdir())] == ["00000000-00000000", "00000001-00000003"]
+    assert [(r.step, r.tables["rollouts"][0]["uid"]) for r in Reports(tmp_path / "a").new()] == [
+        (s, s) for s in range(4)
+    ]
+
+
+def test_a_run_that_resumes_inside_a_segment_leaves_what_the_whole_run_leaves(tmp_path: Path) -> None:
+    whole = run(tmp_path / "a", range(6))
+    killed = RunFolder(together_seconds=3600)
+    killed.start(info(tmp_path / "b"))
+    for step in range(5):
+        killed.log(report(step))
+    killed.flush()
+    parts = run(tmp_path / "b", range(3, 6))
+    for name in ("metrics", "histograms", "high_loss_tokens", "rollouts"):
+        assert repr(read_table(whole, name).to_pylist()) == repr(read_table(parts, name).to_pylist())
 
 
 def test_a_line_torn_by_a_crash_is_dropped(tmp_path: Path) -> None:
