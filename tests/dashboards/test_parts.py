@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 import dashboards
-from dashboards.serve import serve
+from dashboards.serve import page, serve
 from opd_lab import cli
 
 HOME = Path(dashboards.__file__).parent
@@ -35,3 +36,12 @@ def test_without_streamlit_the_command_says_what_to_install(
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no folder .*nothing"):
         serve(tmp_path / "nothing", 1, False)
+
+
+def test_the_code_that_draws_is_fetched_with_the_page_and_run_before_a_figure_is_there() -> None:
+    shown = page()
+    found = re.findall(r'<link rel="modulepreload" crossorigin href="\./(static/js/PlotlyChart\.[^"]+\.js)">', shown)
+    assert len(found) == 1
+    assert f'import("./{found[0]}")' in shown
+    links = re.findall(r'href="(\./static/js/[^"]+)"', shown)
+    assert len(links) == len(set(links))
