@@ -4,8 +4,9 @@
 
 The learning rate (1e-5 to 3e-2, logarithmic) and alpha (0 to 4) of method=fire_opd on the embedded lab, ranked by the
 exact KL on held-out rollouts. Random search runs every trial to its end; TPE, which may use half as many trials again,
-prunes by the median. Each repetition has a seed of its own for both. A search has one slot, so that its trials follow
-one another in the same way on any machine; two searches run side by side. The same command goes on where it stopped.
+prunes by the median. A repetition has one seed for both searches, so that their first five trials have the same params.
+A search has one slot, so that its trials follow one another in the same way on any machine; two searches run side by
+side. The same command goes on where it stopped.
 
 Printed per repetition: random's best KL, the student tokens that each search generated, pruned trials included, until
 it had a finished trial as good as that, and what each found in all. In the medians `never` is more than any number.
@@ -30,7 +31,13 @@ SIDE_BY_SIDE = 2  # searches at once
 SPACE = ["optim.lr=tag(log,interval(1e-5,3e-2))", "method.alpha=interval(0,4)"]
 RUN = [
     *("method=fire_opd", "rollout.prompts=8", "evaluate.every=5", "evaluate.problems=32", "evaluate.test_problems=8"),
-    *("evaluate.test_best=false", "checkpoint.every=0", "checkpoint.keep_best=false", "diagnostics.every=0"),
+    *(
+        "data.problems=2000",
+        "evaluate.test_best=false",
+        "checkpoint.every=0",
+        "checkpoint.keep_best=false",
+        "diagnostics.every=0",
+    ),
     *("threads=1", "tracking.mlflow=false", "objective=eval/validation/reverse_kl_mean_nats"),
 ]
 HOW = {
