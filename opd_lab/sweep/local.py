@@ -25,10 +25,7 @@ from opd_lab.sweep.contract import Ended, Mail
 from opd_lab.sweep.settings import LocalSettings
 from opd_lab.sweep.slots import Slot, slots
 
-PRELOAD = [  # what a run imports, early or late
-    *("opd_lab.run", "opd_lab.sweep.worker", "opd_lab.tracking.mlflow", "mlflow.store.tracking.sqlalchemy_store"),
-    *("pandas", "pyarrow.parquet", "matplotlib.figure", "PIL.ImageDraw"),
-]
+PRELOAD = ["opd_lab.sweep.warm"]
 GIB = 1 << 30
 
 

@@ -34,14 +34,14 @@ class OptunaSweeper(Sweeper):
             ValueError: the question cannot be asked; nothing was started.
             SystemExit: 1 = no trial gave a result, or too many failed; 130 = stopped.
         """
-        from opd_lab.sweep import question, run
-
         assert self.config is not None and self.hydra_context is not None
         name = getattr(self.task_function, "__name__", "")
         if name != "run":
             raise ValueError(f"-m sweeps over runs, not over {name}: leave it out")
         loader = self.hydra_context.config_loader
-        launcher = make_launcher(self.config)
+        launcher = make_launcher(self.config)  # first: its processes get warm while this one goes on
+        from opd_lab.sweep import question, run
+
         asked = question.ask(
             self.config, arguments, question.loader_compose(loader, self.config), loader, launcher.threads
         )

@@ -1,5 +1,8 @@
 """Sweeps of real runs: what they ask is checked beforehand, and MLflow shows one tree with the right ends."""
 
+import subprocess
+import sys
+
 import pytest
 import yaml
 from bench import launcher
@@ -63,6 +66,14 @@ def test_mlflow_and_optuna_never_share_a_database(tmp_path):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     with pytest.raises(ValueError, match="must be another database than MLflow's"):
         run.run(asked(tmp_path, "steps=2,4", f"sweep.storage={uri}"), launcher())
+
+
+@pytest.mark.slow
+def test_what_trials_are_forked_from_imports_all_it_names():
+    """The fork server says nothing of a module that is not there."""
+    code = "import gc, opd_lab.sweep.warm; assert gc.get_freeze_count() > 100_000"
+    done = subprocess.run([sys.executable, "-c", code], cwd=config.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
