@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class LocalLauncher:
         self._forks = multiprocessing.get_context("forkserver")
         self._forks.set_forkserver_preload(PRELOAD)
         if not all(slot.gpu for slot in self._free):
+            resource_tracker.ensure_running()  # else the next lines would start it, and it unblocks the signal
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for the sweep alone to hear
             forkserver.ensure_running()  # it imports while the sweep is being prepared
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

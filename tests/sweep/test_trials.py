@@ -2,10 +2,12 @@
 
 import os
 import signal
+from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 import tasks
-from bench import Bench, sweep_settings
+from bench import Bench, launcher, sweep_settings
 from optuna.trial import TrialState
 
 from opd_lab.sweep import local, owner
@@ -59,6 +61,14 @@ def test_a_process_that_never_starts_to_work_has_the_same_limit(tmp_path, monkey
     assert [t.user_attrs["why"] for t in bench.study.trials()] == ["time limit of 0.1 s"] * 2
     events = list(Mail(tmp_path / "bench" / "trial_0001").events())
     assert events == [{"kind": "placed", "attempt": 1}]
+
+
+def test_ctrl_c_is_not_for_the_fork_server(tmp_path):
+    """It would print a traceback of its imports into the terminal."""
+    launcher()
+    status = Path(f"/proc/{forkserver._forkserver._forkserver_pid}/status").read_text()
+    (blocked,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigBlk"))
+    assert int(blocked, 16) & 1 << signal.SIGINT - 1
 
 
 def test_a_failed_trial_is_repeated_under_a_number_of_its_own(tmp_path):
