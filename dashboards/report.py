@@ -153,7 +153,7 @@ def _types(selected: Selected) -> str:
     text = [place for place, name in enumerate(found) if name in (ANSWER, TOKEN, EXAMPLE, "quadrant")]
     head = [tokens.WORDS[name] for name in found]
     title = f"The {TOKEN_ROWS} token types with the most KL of every method"
-    return _table(head, rows, title, text=text, kind="wide")
+    return f'{_table(head, rows, title, text=text, kind="wide")}<p class="note">{escape(tokens.READ)}</p>'
 
 
 def _alarms(selected: Selected) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import streamlit as st
@@ -15,6 +16,32 @@ from opd_lab.compare.groups import groups
 from opd_lab.compare.guard import CONVENTIONS, conventions
 from opd_lab.tracking import coloured
 
+LISTED = 3  # parts from which a sentence is easier to read as a list
+REACHED = {  # column of `Comparison.rows` -> its heading
+    "method": "method",
+    "seeds": "seeds",
+    "accuracy_before": "before",
+    "accuracy_after": "after",
+    "accuracy_low": "95 % from",
+    "accuracy_high": "to",
+    "accuracy_best": "best checkpoint",
+    "kl_held_out_nats": "KL, nats",
+    "student_tokens": "student tokens",
+    "teacher_tokens": "teacher tokens",
+    "seconds": "seconds",
+}
+GAINED = {  # column of `Comparison.gains` -> its heading
+    "method": "method",
+    "gain": "gain",
+    "gain_low": "95 % from",
+    "gain_high": "to",
+    "p_holm": "p (Holm)",
+    "separated": "* separated",
+    "improvement": "beats it",
+    "improvement_low": "beats it, from",
+    "improvement_high": "beats it, to",
+    "seeds_needed": "seeds to separate",
+}
 CONFIG = {"displaylogo": False, "toImageButtonOptions": {"format": "svg"}}
 
 
@@ -23,7 +50,7 @@ def draw(figure: object) -> None:
     words = style.words(figure)
     st.subheader(words["question"], anchor=False)
     if words["empty"]:
-        st.info(words["empty"])
+        st.info(listed(words["empty"]))
         return
     shown = style.bare(figure, style.DARK if st.context.theme.type == "dark" else style.LIGHT)
     st.plotly_chart(shown, theme=None, config=CONFIG, alt=words["alt"], key=f"figure {words['question']}")
@@ -31,10 +58,22 @@ def draw(figure: object) -> None:
         st.caption(words["note"])
 
 
-def table(title: str, rows: Frame) -> None:
-    """Sorts by the heading that is pressed."""
+def listed(text: str) -> str:
+    """Words as they are, whatever Markdown would make of them; a long sentence a part to a line."""
+    parts = re.sub(r"([\\*\[\]<>~$])", r"\\\1", text).split("; ")
+    return "; ".join(parts) if len(parts) < LISTED else "\n".join(f"- {part}" for part in parts)
+
+
+def table(title: str, rows: Frame, stays: Collection[str] = ()) -> None:
+    """Sorts by the heading that is pressed; some columns stay where they are when the others are scrolled."""
     st.subheader(title, anchor=False)
-    st.dataframe(rows, hide_index=True, alt=title)
+    pinned = {name: st.column_config.Column(pinned=True) for name in stays}
+    st.dataframe(rows, hide_index=True, alt=title, column_config=pinned)
+
+
+def headed(rows: Frame, heads: Mapping[str, str]) -> Frame:
+    """The columns of a table that have a heading, under it."""
+    return rows[[name for name in heads if name in rows]].rename(columns=heads)
 
 
 def axis() -> str:
@@ -58,10 +97,10 @@ def comparison(selected: Selected) -> None:
     draw(accuracy.final(selected, baseline))
     draw(accuracy.gains(selected, baseline))
     found = selected.compared(baseline)
-    table("What did each method reach, and at what price?", found.rows)
+    table("What did each method reach, and at what price?", headed(found.rows, REACHED), ["method"])
     st.caption(printed.caption(found))
     if len(found.gains):
-        table(f"What does each method gain over {found.baseline}?", found.gains)
+        table(f"What does each method gain over {found.baseline}?", headed(found.gains, GAINED), ["method"])
         st.caption(printed.gains_caption(found))
     for note in printed.notes(found):
         (st.warning if note.startswith("WARNING") else st.caption)(note)
@@ -91,7 +130,12 @@ def show_tokens(selected: Selected) -> None:
     draw(tokens.shares(selected))
     found = tokens.types(selected)
     if len(found):
-        table("Which token types stay hard?", found.rename(columns=tokens.WORDS))
+        table(
+            "Which token types stay hard?",
+            found.dropna(axis=1, how="all").rename(columns=tokens.WORDS),
+            ["method", "token"],
+        )
+        st.caption(tokens.READ)
 
 
 def show_rollouts(selected: Selected) -> None:
@@ -117,7 +161,10 @@ def show_cost(selected: Selected) -> None:
 
 
 def show_loss(selected: Selected) -> None:
-    draw(divergence.loss(selected, axis()))
+    x = axis()
+    draw(loss := divergence.loss(selected, x))
+    if style.words(loss)["empty"]:
+        draw(divergence.probes(selected, x))  # the yardstick that the refusal names
     said = {group.label: conventions(group.folders[0]) for group in selected.groups}
     rows = [{"method": label} | {name: one.get(name, "-") for name in CONVENTIONS} for label, one in said.items()]
     table("What is each method's loss?", rows)
@@ -137,7 +184,7 @@ def show_search(selected: Selected) -> None:
     chosen = st.selectbox("Study", names, key="study", bind="query-params")
     stored = [path for path in journals if path.stem == chosen]
     study = sweep.load(stored[0]) if stored else sweep.study_of(selected)
-    if found := sweep.searchable(selected):
+    if found := [name for name in sweep.searchable(selected) if name != "method"]:
         parameter = st.selectbox("Hyperparameter", found, key="parameter", bind="query-params")
         draw(sweep.response(selected, parameter))
     if study is None:
@@ -156,7 +203,9 @@ def show_papers(selected: Selected) -> None:
 
 
 def show_runs(selected: Selected) -> None:
-    table("Which runs are these?", params(selected.folders).drop(columns="folder").fillna("").astype(str))
+    rows = params(selected.folders).drop(columns=["folder", "conventions"], errors="ignore").fillna("").astype(str)
+    first = [name for name in ("run", "status", "method", "seed") if name in rows]
+    table("Which runs are these?", rows[[*first, *(name for name in rows if name not in first)]], ["run"])
     runs, methods = len(selected.folders), len(selected.groups)
     st.caption(f"{runs} runs of {methods} methods; settings in which all agree are left out.")
 

@@ -11,6 +11,7 @@ from dashboards.runs import AXES, Curve, Selected, curves
 from dashboards.style import Style, dress, empty, panels, panels_height, short
 from opd_lab.compare.guard import same_axis
 
+WIDE = 2  # decades from which a logarithmic axis has numbers at the powers of ten alone
 MARKERS = 16  # points of a line that get a marker as well
 BAND = "Line: mean over seeds; band: from the lowest to the highest seed."
 
@@ -48,11 +49,12 @@ def draw(
             at += [(row, column)] * len(made)
             shown.add(line.label)
         figure.update_xaxes(title_text=AXES[x], row=row, col=column)
+        if log:
+            dtick = 1 if _decades(lines) >= WIDE else None
+            figure.update_yaxes(type="log", exponentformat="power", dtick=dtick, row=row, col=column)
         if column == 1:
             figure.update_yaxes(title_text=unit, row=row, col=column)
     figure.add_traces(traces, [row for row, _ in at], [column for _, column in at])
-    if log:
-        figure.update_yaxes(type="log", exponentformat="power", dtick=1)
     every = max(line.every for lines in found.values() for line in lines)
     said = [note, BAND if any(line.seeds > 1 for lines in found.values() for line in lines) else ""]
     said.append(f"Every {every}th step is drawn." if every > 1 else "")
@@ -73,6 +75,7 @@ def _line(line: Curve, style: Style, unit: str, *, legend: bool) -> list[go.Scat
             go.Scatter(
                 x=np.concatenate([x, x[::-1]]),
                 y=np.concatenate([high, low[::-1]]),
+                mode="lines",  # of a short line, Plotly would mark the points in colours of its own
                 fill="toself",
                 fillcolor=style.band(),
                 line={"width": 0},
@@ -99,6 +102,14 @@ def _line(line: Curve, style: Style, unit: str, *, legend: bool) -> list[go.Scat
         )
     )
     return traces
+
+
+def _decades(lines: list[Curve]) -> float:
+    """How many powers of ten lines and bands span: over fewer than two, ticks at powers alone would leave an axis
+    without a number."""
+    drawn = np.concatenate([line.points[["low", "high"]].to_numpy().ravel() for line in lines])
+    above = drawn[drawn > 0]
+    return float(np.log10(above.max() / above.min())) if len(above) else 0.0
 
 
 def _alt(found: Mapping[str, list[Curve]], metrics: Mapping[str, str], unit: str) -> str:

@@ -151,6 +151,7 @@ def kl_map(selected: Selected) -> go.Figure:
     steps = found["step"]
     first, last = max(SHARE * steps.max(), steps.min()), (1 - SHARE) * steps.max()
     parts = {"early": found[steps <= first], "late": found[steps > last]}
+    rows_most = max(map(len, parts.values()))
     figure, places = panels([f"{name}: {min(len(rows), ROLLOUTS)} rollouts" for name, rows in parts.items()])
     widest = max(len(row) for rows in parts.values() for row in rows["reverse_kl"][:ROLLOUTS])
     for (row, column), rows in zip(places, parts.values()):
@@ -170,11 +171,15 @@ def kl_map(selected: Selected) -> go.Figure:
             column,
         )
         figure.update_xaxes(title_text="response position, tokens", row=row, col=column)
-    figure.update_yaxes(title_text="rollouts by length", tickformat="d", nticks=6, col=1)
+    figure.update_yaxes(
+        title_text="rollouts by length", tickformat="d", nticks=6, dtick=1 if rows_most <= 6 else None, col=1
+    )
     ticks = range(-4, 2)
     bar = {"title": "nats", "tickvals": list(ticks), "ticktext": [f"{10.0**t:g}" for t in ticks]}
     figure.update_layout(coloraxis={"colorscale": SCALE, "cmin": -4, "cmax": 1, "colorbar": bar})
-    note = f"KAT, arXiv 2606.09471, its heat map. {label}: the first and the last tenth of its steps."
+    note = f"KAT, arXiv 2606.09471, its heat map. {label}: the first and last tenth of its steps, a row per rollout."
+    if rows_most < ROLLOUTS:
+        note += f" So few rows show stripes: diagnostics.sample_rollouts={ROLLOUTS} keeps more."
     return dress(figure, question, alt=f"Two heat maps of token KL, early and late, for {label}.", note=note)
 
 
@@ -214,8 +219,9 @@ def support(selected: Selected) -> go.Figure:
                 "<extra></extra>",
             )
         )
-    bar = {"title": "share of<br>correct<br>rollouts", "x": -0.1, "xanchor": "right"}
-    figure.update_layout(coloraxis={"colorscale": SCALE, "colorbar": bar})
+    bar = {"title": "share of<br>correct<br>rollouts"}
+    above = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0}
+    figure.update_layout(coloraxis={"colorscale": SCALE, "colorbar": bar}, legend=above)
     figure.update_xaxes(title_text="mean teacher log-prob of the tokens, nats")
     figure.update_yaxes(title_text="AUROC of support against correctness")
     said = "; ".join(f"{label}: {row[SUPPORT[1]]:.3f}" for label, row in mean.iterrows())

@@ -15,18 +15,22 @@ WEIGHTED = ("p_student_mean", "p_teacher_mean", "entropy_teacher_mean_nats")  # 
 WORDS = {  # column of the table -> its heading
     "method": "method",
     "token": "token",
+    "example": "largest KL, in context",
+    "quadrant": "quadrant",
     "count": "count",
-    "kl_mean_nats": "mean KL, nats",
-    "kl_max_nats": "max KL, nats",
-    "kl_share_fraction": "share of all KL",
-    "enrichment_ratio": "share of KL / share of tokens",
+    "kl_mean_nats": "mean KL",
+    "kl_max_nats": "max KL",
+    "kl_share_fraction": "share of KL",
+    "enrichment_ratio": "enrichment",
     "p_student_mean": "p student",
     "p_teacher_mean": "p teacher",
-    "entropy_teacher_mean_nats": "teacher's entropy, nats",
-    "persistence_fraction": "high in windows of training",
-    "quadrant": "quadrant",
-    "example": "largest KL, in context",
+    "entropy_teacher_mean_nats": "teacher's entropy",
+    "persistence_fraction": "persistence",
 }
+READ = (
+    "KL and entropy in nats. Enrichment: share of all KL / share of all tokens. Persistence: share of the last "
+    "windows of training in which the type was among those with the most KL."
+)
 
 
 def types(selected: Selected) -> Frame:

@@ -141,6 +141,29 @@ def test_two_conventions_of_the_jsd_are_refused(tmp_path: Path) -> None:
     assert "beta: 0.3 " in style.words(divergence.loss(select(tmp_path)))["empty"]
 
 
+def axis(figure: Any) -> Any:
+    return figure.layout.yaxis
+
+
+def test_an_axis_of_less_than_two_decades_has_numbers_between_the_powers_of_ten(two: Selected) -> None:
+    assert axis(divergence.kl(two)).dtick is None  # 0.2 to 0.5 nats
+
+
+def test_an_axis_of_many_decades_has_a_number_at_each(tmp_path: Path) -> None:
+    tracker = RunFolder()
+    tracker.start(RunInfo(name="a", experiment="x", folder=tmp_path / "a", params={}, tags={}, config_yaml=""))
+    for step, value in enumerate((1.0, 0.1, 0.01)):
+        tracker.log(Report(step, {"kl/reverse_mean_nats": value}))
+    assert axis(divergence.kl(select(tmp_path))).dtick == 1
+
+
+def test_a_band_has_no_marks_of_its_own(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        a_run(tmp_path, "opd", seed)
+    bands = [trace for trace in divergence.kl(select(tmp_path)).data if trace.fill == "toself"]
+    assert [band.mode for band in bands] == ["lines"]
+
+
 def test_the_parts_of_a_runs_time_add_up(two: Selected) -> None:
     parts = {bar.name: numbers(bar.x)[0] for bar in cost.seconds(two).data}
     # Two steps of 2 s: 1 + .25 + .5 and the rest.

@@ -11,6 +11,7 @@ import pytest
 
 import dashboards
 from dashboards.serve import page, serve
+from dashboards.views import listed
 from opd_lab import cli
 
 HOME = Path(dashboards.__file__).parent
@@ -45,3 +46,9 @@ def test_the_code_that_draws_is_fetched_with_the_page_and_run_before_a_figure_is
     assert f'import("./{found[0]}")' in shown
     links = re.findall(r'href="(\./static/js/[^"]+)"', shown)
     assert len(links) == len(set(links))
+
+
+def test_a_refusal_keeps_its_stars_and_stands_in_lines() -> None:
+    assert listed("draw eval/*/avg_at_*") == r"draw eval/\*/avg_at_\*"
+    assert listed("a; b; c") == "- a\n- b\n- c"
+    assert listed("a; b") == "a; b"
