@@ -4,7 +4,7 @@
 
 Makes both in a temporary folder (about 2 GB, a few minutes), checks that they answer alike, and prints seconds: of all
 scalars, and of one metric. "SQLite, ended runs" have left their scalars as parquet beside the store; "SQLite alone" are
-the same runs without those files, read in SQL row by row, as runs are that still go on.
+the same runs without those files, read in SQL row by row, as runs are that still go on, by a process for each core.
 """
 
 from __future__ import annotations

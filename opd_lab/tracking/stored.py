@@ -3,7 +3,8 @@
 - a run that has ended left all its scalars as parquet beside the store; a database is asked whether it has as many;
 - a store that is a database (SQLite, PostgreSQL) is asked in SQL, and only read.
 
-What is left, a run that is still going on behind an MLflow server, costs one call per metric, which is slow.
+What is left, a run that is still going on behind an MLflow server or in another store, costs one call per metric,
+which is slow.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote, urlparse
+from urllib.parse import unquote, urlparse
 
 if TYPE_CHECKING:
+    from array import array
+
     import pyarrow as pa
     from mlflow import MlflowClient
     from sqlalchemy import Connection
 
-STEPS = 2**32  # more than a run has
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # what MLflow keeps its tables in
 PAGE = 1000  # runs that a server lists at a time
 PARAMS = "params.json"  # a file of the run: all its settings, typed, of which MLflow's params are some
 
@@ -74,19 +76,20 @@ class Store:
             runs = ask.runs()
             if names is not None and isinstance(ask, _Database):
                 return ask.histories(runs, names)
-            sizes, out, rest = ask.sizes(), [], []
-            for run in runs:
-                folder = (
-                    _files(self.uri, run, ("metrics.parquet", "timing.parquet"), Path(scratch))
-                    if run.row["ended"]
-                    else None
-                )
-                found = None if folder is None else of_folder(folder, names)
-                if found is None or sizes.get(run.id, len(found)) != len(found):
-                    rest.append(run)
-                else:
-                    out.append(run.named(found))
-            return [*out, *(ask.histories(rest, names) if rest else [])]
+            places = [
+                _files(self.uri, run, ("metrics.parquet", "timing.parquet"), Path(scratch))
+                if run.row["ended"]
+                else None
+                for run in runs
+            ]
+            left = [None if folder is None else of_folder(folder, names) for folder in places]
+            sizes = ask.sizes() if any(left) else {}
+            whole = [one is not None and sizes.get(run.id, len(one)) == len(one) for run, one in zip(runs, left)]
+            rest = [run for run, is_whole in zip(runs, whole) if not is_whole]
+            return [
+                *(run.named(one) for run, one, is_whole in zip(runs, left, whole) if is_whole),
+                *ask.histories(rest, names),
+            ]
 
     def table(self, name: str, of_folder: Callable[[Path, str], pa.Table | None]) -> list[Named]:
         """A table that runs left as parquet, of every run."""
@@ -96,14 +99,23 @@ class Store:
 
     @contextmanager
     def _asked(self) -> Iterator[_Database | _Server]:
-        if urlparse(self.uri).scheme in ("http", "https"):
-            yield _Server(self)
+        if urlparse(self.uri).scheme.split("+")[0] not in DATABASES:
+            from mlflow.exceptions import MlflowException
+
+            try:
+                yield _Server(self)
+            except MlflowException as error:
+                raise _unreadable(self.uri, error) from error
             return
         from sqlalchemy import create_engine
         from sqlalchemy.exc import SQLAlchemyError
 
+        from opd_lab.tracking.rows import reader
+
         engine = (
-            create_engine("sqlite://", creator=_reader(self.uri)) if _is_sqlite(self.uri) else create_engine(self.uri)
+            create_engine("sqlite://", creator=lambda: reader(_path(self.uri)))
+            if _is_sqlite(self.uri)
+            else create_engine(self.uri)
         )
         try:
             with engine.connect() as connection:
@@ -138,36 +150,28 @@ class _Database:
         return dict(tuple(row) for row in self._ask("select run_uuid, count(*) from metrics group by run_uuid"))
 
     def histories(self, runs: Sequence[Run], names: Sequence[str] | None) -> list[Named]:
-        """Metric by metric, in the order of the table's primary key, which holds all that is asked. A row comes as two
-        numbers, the value and one for the run, the step and whether the value is NaN: text would take twice as long.
-        """
-        import numpy as np
         import pyarrow as pa
-        from sqlalchemy import Boolean, Float, String, case, column, func, select, table, values
 
-        metrics = table("metrics", *map(column, ("key", "value", "step", "run_uuid")), column("is_nan", Boolean))
-        places = [(run.id, 2.0 * STEPS * place) for place, run in enumerate(runs)]
-        listed = values(column("id", String), column("place", Float), name="listed").data(places).cte()
-        known = table("runs", column("run_uuid"))  # SQLite indexes its column; a bare list it would walk at every row
-        mine = select(known.c.run_uuid, listed.c.place).join_from(known, listed, known.c.run_uuid == listed.c.id).cte()
-        code = func.coalesce(mine.c.place, -2.0 * STEPS) + 2 * metrics.c.step + case((metrics.c.is_nan, 1), else_=0)
-        both = metrics.outerjoin(mine, mine.c.run_uuid == metrics.c.run_uuid)
-        keys = names or [key for (key,) in self._ask("select distinct key from latest_metrics order by key")]
-        parts = []
-        for place, key in enumerate(keys):
-            asked = select(code, metrics.c.value).select_from(both).where(metrics.c.key == key)
-            cursor: Any = self._connection.execute(asked).cursor  # its rows as they come, not SQLAlchemy's
-            code_N, value_N = np.fromiter(chain.from_iterable(cursor), dtype=float).reshape(-1, 2).T
-            run_N, rest_N = np.divmod(code_N, 2 * STEPS)
-            value_N = np.where(rest_N % 2, np.nan, value_N)[run_N >= 0]
-            run_N, step_N = run_N[run_N >= 0].astype(np.int32), (rest_N[run_N >= 0] // 2).astype(np.int64)
-            parts.append((run_N, step_N, np.full(len(run_N), place, np.int32), value_N))
-        run_N, step_N, key_N, value_N = map(np.concatenate, zip(*parts))
-        order_N = np.argsort(run_N, kind="stable")
-        name = pa.DictionaryArray.from_arrays(pa.array(key_N[order_N]), pa.array(keys, pa.string()))
-        whole = pa.table({"step": step_N[order_N], "name": name, "value": value_N[order_N]})
-        ends = np.searchsorted(run_N[order_N], np.arange(len(runs) + 1))
-        return [run.named(whole[ends[place] : ends[place + 1]]) for place, run in enumerate(runs)]
+        from opd_lab.tracking import rows
+
+        ids = [run.id for run in runs]
+        if _is_sqlite(self._store.uri):
+            found = rows.sqlite(_path(self._store.uri), ids, names)
+        elif names is not None:
+            codes = rows.Codes((id, place) for place, id in enumerate(ids))
+            found = rows.by_run([self._numbers(rows.OF_NAME, codes, name=name) for name in names], names, len(ids))
+        else:
+            codes = rows.Codes()
+            found = (rows.batch(self._numbers(rows.OF_RUN, codes, run=id), list(codes)) for id in ids)
+        return [run.named(pa.Table.from_batches([batch])) for run, batch in zip(runs, found)]
+
+    def _numbers(self, sql: str, codes: dict[str, float], **about: str) -> array[float]:
+        from sqlalchemy import text
+
+        from opd_lab.tracking.rows import flat
+
+        cursor: Any = self._connection.execute(text(sql), about).cursor  # its rows as they come, not SQLAlchemy's
+        return flat((value, twice, codes[name]) for value, twice, name in cursor)
 
     def _texts(self, kind: str) -> dict[str, dict[str, str]]:
         """The params or tags of every run."""
@@ -183,7 +187,7 @@ class _Database:
 
 
 class _Server:
-    """A store behind HTTP."""
+    """A store behind HTTP, or whatever else MLflow has a client for."""
 
     def __init__(self, store: Store) -> None:
         self._store, self._client = store, _client(store.uri)
@@ -293,12 +297,8 @@ def _is_sqlite(uri: str) -> bool:
     return uri.startswith("sqlite:///")
 
 
-def _reader(uri: str) -> Callable[[], Any]:
-    """Connections to a SQLite file that cannot write it."""
-    import sqlite3
-
-    path = Path(uri.removeprefix("sqlite:///")).absolute()
-    return lambda: sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)
+def _path(uri: str) -> str:
+    return uri.removeprefix("sqlite:///")
 
 
 def _unreadable(uri: str, error: Exception) -> ValueError:

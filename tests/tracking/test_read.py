@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from lab_run import run
 
-from opd_lab.tracking import read
+from opd_lab.tracking import read, rows
 from opd_lab.tracking.mlflow import MLflow
 from opd_lab.tracking.run_folder import RunFolder
 from opd_lab.tracking.tracker import RunInfo
@@ -70,6 +70,14 @@ def test_scalars_are_the_same_from_folders_from_files_of_the_store_and_from_its_
     assert len(read.metrics(home, "kl/reverse_mean_nats")) == 4
 
 
+def test_runs_that_are_dealt_out_to_processes_are_the_same(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = sorted(read.metrics(home)["name"].unique())
+    one = read.metrics(store(home), names)
+    monkeypatch.setattr(rows, "WORTH_A_PROCESS", 1)
+    monkeypatch.setattr(rows, "_cores", lambda: 2)
+    pd.testing.assert_frame_equal(one, read.metrics(store(home), names), check_exact=True)
+
+
 def test_nothing_found_has_columns_too(home: Path, tmp_path: Path) -> None:
     RunFolder().start(info(tmp_path / "a"))
     for found in (read.metrics(tmp_path), read.metrics(home, "nobody/logs_this"), read.metrics(store(home), "nobody")):
@@ -120,6 +128,8 @@ def test_a_store_that_is_not_there_or_has_no_such_runs_is_named(home: Path) -> N
         ValueError, match=r"a store must be the URI of an MLflow store that can be read, got sqlite:///.*nowhere"
     ):
         read.runs(read.Store(f"sqlite:///{home / 'nowhere.db'}"))
+    with pytest.raises(ValueError, match="must be the URI of an MLflow store that can be read, got nonsense: Mlflow"):
+        read.runs(read.Store("nonsense"))
     with pytest.raises(ValueError, match="holds no run of the experiment other; experiments with runs: opd_lab, tests"):
         read.runs(read.Store(store(home).uri, "other"))
 
