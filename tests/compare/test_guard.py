@@ -10,7 +10,7 @@ import yaml
 
 from opd_lab import config
 from opd_lab.compare.curves import curves
-from opd_lab.compare.guard import same_axis, unlike
+from opd_lab.compare.guard import comparable, same_axis, unlike
 from tests.compare.made_up import a_run
 
 
@@ -79,3 +79,12 @@ def test_what_is_one_quantity_may_be_drawn(tmp_path: Path) -> None:
     same_axis([runs[0], kl], "loss/total_value")
     with pytest.raises(ValueError, match="hidden_raw"):
         curves(runs, "loss/total_value")
+
+
+def test_methods_are_ranked_by_what_means_the_same_for_each() -> None:
+    for metric in ("probe/reverse_kl_mean_nats", "probe/forward_kl_mean_nats", "eval/test/avg_at_4"):
+        comparable(metric, ["method", "optim.lr"])
+    for metric in ("loss/total_value", "kat/cut_fraction", "weight/zero_fraction"):
+        with pytest.raises(ValueError, match=f"the same for every trial, got {metric} in a space over method"):
+            comparable(metric, ["method", "optim.lr"])
+    comparable("kat/cut_fraction", ["method.eta"])  # one method's own, over its own settings
