@@ -12,7 +12,7 @@ from torch import Tensor
 from opd_lab import divergence as d
 from opd_lab.types import AFTER, Signal, hidden
 
-IN_CACHE = 1 << 19  # log-probs at a time
+IN_CACHE = 1 << 18  # log-probs at a time
 LAST_AFTER = hidden("", (-1,), "token")  # the last block's states after each token
 NOWHERE = -1e9  # a logit whose probability is exactly 0 in any type; finite, so that no difference of two is NaN
 
@@ -236,7 +236,7 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "reverse_kl": lambda c: d.reverse_kl(c.logp_NV, c.logq_NV, c.p_NV),
     "forward_kl": lambda c: d.forward_kl(c.logp_NV, c.logq_NV, c.q_NV),
     "total_variation": lambda c: d.total_variation(c.p_NV, c.q_NV),
-    "jsd": lambda c, beta: d.jsd(c.logp_NV, c.logq_NV, beta),
+    "jsd": lambda c, beta: d.jsd(c.logp_NV, c.logq_NV, beta, c.p_NV, c.q_NV),
     "topk": lambda c, k, support: d.topk(c.logp_NV, c.logq_NV, k, support),
     "topk_reverse_kl": lambda c, k, support: d.topk_kl(
         d.topk(c.logp_NV, c.logq_NV, k, support), direction="reverse", tail="bucket"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opd_lab.diagnostics import estimators, observe, probe
 from opd_lab.diagnostics.alerts import Alarms
-from opd_lab.diagnostics.high_loss import Decode, HighLoss
+from opd_lab.diagnostics.high_loss import Decode, HighLoss, remembering
 from opd_lab.diagnostics.quadrants import Quadrants
 from opd_lab.models import LM
 from opd_lab.rollout.torch_engine import TorchEngine
@@ -22,7 +22,7 @@ class Watch:
     """Token types, alarms and the probe. `prompts` are held-out ones, `vocabulary` the number of token types."""
 
     def __init__(self, settings: RunSettings, prompts: list[list[int]], vocabulary: int, decode: Decode) -> None:
-        self._settings, self._prompts, self._decode = settings, prompts, decode
+        self._settings, self._prompts, self._decode = settings, prompts, remembering(decode)
         d = settings.diagnostics
         quadrants = Quadrants(
             vocabulary,

@@ -28,3 +28,11 @@ def test_a_token_without_mass_counts_nothing_whatever_its_value() -> None:
     assert d.reverse_kl(logp_NV[1:], logp_NV[:1]).item() == math.inf
     known = d.entropy(logp_NV, logp_NV.exp())
     assert torch.equal(known, d.entropy(logp_NV))
+
+
+def test_equal_tokens_are_as_many_as_are_asked_for() -> None:
+    logp_NV = torch.tensor([[0.1, 0.3, 0.3, 0.3], [0.4, 0.3, 0.2, 0.1]]).log()
+    found_NK = likeliest(logp_NV, 2)
+    assert found_NK.shape == (2, 2)
+    assert set(found_NK[0].tolist()) < {1, 2, 3}
+    assert set(found_NK[1].tolist()) == {0, 1}
