@@ -1,0 +1,102 @@
+"""Take mlflow_sweep.png and mlflow_rollouts.png: MLflow's own pages, over the store of a finished sweep.
+
+    opd-lab sweep compare method=opd,scope,kat_lab,fire_opd seed=0,1
+    python docs/mlflow_tour.py opd_runs compare
+
+Needs Chromium and Playwright.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlflow
+from playwright.sync_api import FloatRect, Page, sync_playwright
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.dashboard import chromium
+
+HERE = Path(__file__).parent
+PATIENCE = 20_000  # milliseconds
+BELOW_PATH = 205  # pixels above which a page names the folder of the store
+SETTLED = 3_000  # milliseconds until charts have been drawn
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """MLflow's address over the store of a folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = f"sqlite:///{(folder / 'mlflow.db').resolve()}"
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "ui",
+        "--backend-store-uri",
+        store,
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield address
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def take(page: Page, name: str, below: int = 0) -> None:
+    page.wait_for_timeout(SETTLED)
+    assistant = page.get_by_label("Close", exact=True)
+    if assistant.count():
+        assistant.first.dispatch_event("click")
+    size = page.viewport_size
+    assert size is not None
+    clip: FloatRect = {"x": 200, "y": below, "width": size["width"] - 200, "height": size["height"] - below}
+    page.screenshot(path=HERE / f"mlflow_{name}.png", clip=clip)
+
+
+def main(folder: Path, experiment: str) -> None:
+    mlflow.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').resolve()}")
+    store = mlflow.MlflowClient()
+    found = store.get_experiment_by_name(experiment)
+    assert found is not None, experiment
+    runs = store.search_runs([found.experiment_id])
+    parent = next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    child = next(run for run in runs if str(run.info.run_name).startswith("opd-"))
+    with served(folder) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(**chromium())
+        page = browser.new_page(viewport={"width": 1400, "height": 800})
+        page.set_default_timeout(PATIENCE)
+        at = f"{address}/#/experiments/{found.experiment_id}/runs"
+        page.goto(f"{at}/{parent.info.run_id}")
+        page.get_by_text("Show more").first.click()
+        take(page, "sweep")
+        page.goto(f"{at}/{child.info.run_id}/artifacts/rollouts")
+        page.get_by_text(re.compile(r"^step_.*html$")).last.click()
+        page.frame_locator("iframe").locator(".rollout").first.wait_for()
+        take(page, "rollouts", below=BELOW_PATH)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
