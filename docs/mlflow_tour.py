@@ -89,7 +89,9 @@ def main(folder: Path, experiment: str) -> None:
         page.set_default_timeout(PATIENCE)
         at = f"{address}/#/experiments/{found.experiment_id}/runs"
         page.goto(f"{at}/{parent.info.run_id}")
-        page.get_by_text("Show more").first.click()
+        page.wait_for_timeout(SETTLED)  # what comes late would move the page under the click
+        page.get_by_text("Show more").first.dispatch_event("click")
+        page.get_by_text("Description").first.scroll_into_view_if_needed()
         take(page, "sweep")
         page.goto(f"{at}/{child.info.run_id}/artifacts/rollouts")
         page.get_by_text(re.compile(r"^step_.*html$")).last.click()
