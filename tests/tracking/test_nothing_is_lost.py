@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.slow
 LAB = ["steps=40", "evaluate.every=10", "checkpoint.every=5", "diagnostics.every=4", "data.problems=40"]
 LAB += ["tracking.picture_every=10"]
 KILLS = 10
+AWAY_STEPS = 1500  # of the lab: more than half a minute
 
 
 def processes() -> Any:
@@ -163,6 +165,33 @@ def test_a_server_that_hangs_and_then_dies_in_mid_run_gets_everything(tmp_path: 
         for name in ("histograms", "rollouts"):
             assert len(read.table(where, name)) == len(read.table(folder, name))
         assert len(read.metrics(where)) == len(read.metrics(folder))
+
+
+def train_telling(home: Path, overrides: list[str], said: Path) -> None:
+    """What tracking logs goes to a file."""
+    logging.getLogger("opd_lab.tracking").addHandler(logging.FileHandler(said))
+    train(home, overrides)
+
+
+def test_a_server_that_is_away_for_half_a_minute_in_mid_run_gets_everything(tmp_path: Path) -> None:
+    port, away_seconds = free_port(), 30
+    lab = [f"steps={AWAY_STEPS}", "evaluate.every=500", "checkpoint.every=500", "diagnostics.every=100"]
+    lab += ["data.problems=40", f"tracking.uri=http://127.0.0.1:{port}"]
+    folder, said = run_folder(settings(tmp_path / "runs", *lab, mlflow=True), "opd"), tmp_path / "said.txt"
+    child = processes().Process(target=train_telling, args=(tmp_path / "runs", lab, said))
+    (tmp_path / "store").mkdir()
+    with mlflow_server(tmp_path / "store", port):
+        child.start()
+        wait_for(lambda: last_step(folder) >= 3, 60)
+    gone_at = last_step(folder)
+    child.join(away_seconds)  # the run trains on meanwhile
+    assert child.is_alive() and last_step(folder) >= gone_at + away_seconds
+    with mlflow_server(tmp_path / "store", port):
+        child.join()
+        assert child.exitcode == 0 and last_step(folder) == AWAY_STEPS
+        assert said.read_text().count("mlflow failed; the run goes on") == 1
+        assert deliver(folder) == "delivered"
+        agree(folder, stored(folder, tmp_path / "one"))
 
 
 def test_a_real_postgres_takes_a_run_and_gives_it_back(tmp_path: Path) -> None:
