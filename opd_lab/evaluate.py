@@ -65,9 +65,19 @@ class Evaluation:
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Probability that k of n rollouts, c of them correct, hold a correct one: 1 - C(n - c, k) / C(n, k), unbiased."""
+    _check(n, c, k)
+    return 1.0 - prod(1.0 - k / i for i in range(n - c + 1, n + 1)) if n - c >= k else 1.0
+
+
+def pass_at_k_with_replacement(n: int, c: int, k: int) -> float:
+    """1 - (1 - c/n)^k, as if one of n rollouts were drawn k times: too low, but what some papers print."""
+    _check(n, c, k)
+    return 1.0 - (1.0 - c / n) ** k
+
+
+def _check(n: int, c: int, k: int) -> None:
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass_at_k needs 0 <= c <= n and 1 <= k <= n, got n = {n}, c = {c}, k = {k}")
-    return 1.0 - prod(1.0 - k / i for i in range(n - c + 1, n + 1)) if n - c >= k else 1.0
 
 
 def evaluate(

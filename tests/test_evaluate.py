@@ -8,7 +8,7 @@ from math import comb
 import pytest
 import torch
 
-from opd_lab.evaluate import Evaluation, evaluate, pass_at_k
+from opd_lab.evaluate import Evaluation, evaluate, pass_at_k, pass_at_k_with_replacement
 from opd_lab.models import LM
 from opd_lab.rollout.torch_engine import TorchEngine
 from opd_lab.teacher.local import LocalTeacher
@@ -38,6 +38,18 @@ def run(student: LM, teacher: LocalTeacher | None = None, **changes: object) -> 
 )
 def test_pass_at_k_by_hand(n: int, c: int, k: int, expected: float) -> None:
     assert pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "k", "expected"),
+    [(32, 1, 32, 0.637944711), (32, 2, 32, 0.873211214), (32, 4, 8, 0.656391084), (32, 1, 8, 0.224300120)],
+)
+def test_pass_at_k_with_replacement_by_hand_and_never_above_the_unbiased(
+    n: int, c: int, k: int, expected: float
+) -> None:
+    assert pass_at_k_with_replacement(n, c, k) == pytest.approx(expected, abs=1e-9)
+    assert pass_at_k_with_replacement(n, c, k) < pass_at_k(n, c, k)
+    assert pass_at_k_with_replacement(n, c, 1) == pytest.approx(pass_at_k(n, c, 1), abs=1e-12)
 
 
 def test_pass_at_k_is_the_counting_formula_and_stays_stable_for_many_rollouts() -> None:
