@@ -29,7 +29,7 @@ from torch import Tensor
 
 from opd_lab import checkpoint, config
 from opd_lab.chunk import Head, States
-from opd_lab.diagnostics import RECORD
+from opd_lab.diagnostics import RECORD, RECORD_DUE, due
 from opd_lab.diagnostics.watch import Watch
 from opd_lab.run import identity, load_parts, trackers
 from opd_lab.settings import RunSettings
@@ -39,7 +39,7 @@ from opd_lab.train import Trainer
 from opd_lab.types import REVERSE_KL, Batch, Report, Rollouts, Source, Tokens, scatter
 
 VOCABULARY, WIDTH, TOKENS, CHUNK = 151_936, 1_024, 2_048, 512
-LAB_STEPS, LARGE_ROUNDS, TRACKED_STEPS, TRACKED_ROUNDS = 60, 3, 50, 4
+LAB_STEPS, TRACKED_STEPS, TRACKED_ROUNDS = 60, 50, 4
 
 
 class Unwatched(Watch):
@@ -63,7 +63,7 @@ def trainer(folder: Path, tracker: Tracker) -> Trainer:
 def bare(folder: Path) -> Trainer:
     """A trainer that records nothing and looks at nothing."""
     made = trainer(folder, FanOut([]))
-    made.record = frozenset()
+    made.record = made.record_due = frozenset()
     made.watch = Unwatched(made.settings, [], made.parts.student.vocabulary, str)
     return made
 
@@ -112,7 +112,9 @@ def large(folder: Path) -> None:
         behavior_logp_N=rollouts.behavior_logp_BT[mask_BT],
         signals={},
     )
-    watch = Watch(lab_settings(folder), [], VOCABULARY, lambda ids: " ".join(map(str, ids)))
+    settings = lab_settings(folder)
+    every = settings.diagnostics.every
+    watch = Watch(settings, [], VOCABULARY, lambda ids: " ".join(map(str, ids)))
     step = 0
 
     def one(watched: bool) -> None:
@@ -126,7 +128,7 @@ def large(folder: Path) -> None:
             States(hidden_NH.clone().requires_grad_(), head),
             teacher,
             chunk=CHUNK,
-            record=RECORD if watched else frozenset(),
+            record=(RECORD_DUE if due(step + 1, every) else RECORD) if watched else frozenset(),
         )
         value.backward()
         head.weight_VH.grad = None
@@ -138,7 +140,7 @@ def large(folder: Path) -> None:
 
     one(True)
     one(False)
-    pairs = [(timed(lambda: one(True)), timed(lambda: one(False))) for _ in range(LARGE_ROUNDS)]
+    pairs = [(timed(lambda: one(True)), timed(lambda: one(False))) for _ in range(every)]  # one of them shows tables
     show(
         f"large ({TOKENS:,} tokens, vocabulary {VOCABULARY:,}, width {WIDTH:,}, {torch.get_num_threads()} threads)",
         *([pair[i] for pair in pairs] for i in range(2)),
@@ -183,7 +185,7 @@ def memory(folder: Path) -> None:
     for step in range(1, 10_001):
         rollouts = made_up(4, 8, vocabulary, generator)
         mask_BT = rollouts.mask_BT
-        signals = {signal: torch.rand(mask_BT.shape, generator=generator) for signal in RECORD}
+        signals = {signal: torch.rand(mask_BT.shape, generator=generator) for signal in RECORD_DUE}
         report = watch.observe(Batch(rollouts, signals, step=step), {"opd": mask_BT.float()}, {}, {})
         watch.alarms.check(report)
         if step in (10, 100, 1_000, 10_000):

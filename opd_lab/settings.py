@@ -117,7 +117,7 @@ class AlarmSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnosticsSettings:
-    every: int  # steps between histograms and token tables; scalars come at every step
+    every: int  # steps between histograms, token tables and the dearest scalars; the others come at every step
     high_loss_quantile: float  # tokens above this quantile of a step's KL are high-loss tokens
     high_loss_window: int  # steps per window of the persistence: in how many of the last 16 was a token type high
     high_loss_rows: int  # token types shown in the high-loss table

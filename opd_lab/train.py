@@ -18,7 +18,7 @@ import torch
 from opd_lab import checkpoint
 from opd_lab.chunk import Declared, teacher_must
 from opd_lab.data.prompts import Example, PromptStream
-from opd_lab.diagnostics import RECORD
+from opd_lab.diagnostics import RECORD, RECORD_DUE, due
 from opd_lab.diagnostics.alerts import GRADIENT, Alarm, AlarmError, diverged, rows
 from opd_lab.diagnostics.summary import spent
 from opd_lab.diagnostics.watch import Watch
@@ -30,7 +30,7 @@ from opd_lab.rollout.torch_engine import TorchEngine
 from opd_lab.settings import RunSettings
 from opd_lab.step import View, whole_batch
 from opd_lab.tracking.tracker import Tracker
-from opd_lab.types import Batch, Behavior, Report, Rollouts, State
+from opd_lab.types import Batch, Behavior, Report, Rollouts, Signal, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,10 @@ class Trainer:
         self.totals: dict[str, float] = {"skipped_steps": 0, "seconds": 0.0}
         self.best: dict[str, Any] = {"step": None, "accuracy": -math.inf}
         self.accuracy = math.nan
-        self.record = frozenset(s for s in RECORD if teacher_must(frozenset({s})) <= parts.teacher.provides)
+        self.record, self.record_due = (
+            frozenset(s for s in signals if teacher_must(frozenset({s})) <= parts.teacher.provides)
+            for signals in (RECORD, RECORD_DUE)
+        )
         self.clock: dict[str, float] = {}
 
     def begin_with(self, prepared: Prepared) -> None:
@@ -131,7 +134,7 @@ class Trainer:
                 seed=s.seed,
                 micro_batch=o.micro_batch,
                 chunk=o.chunk_tokens,
-                record=self.record,
+                record=self.recorded(),
             )
 
     def graded(self, rollouts: Rollouts, examples: list[Example]) -> Rollouts:
@@ -168,7 +171,7 @@ class Trainer:
                 self.optimizer,
                 s.optim,
                 rate=learning_rate(s.optim, self.step, s.steps),
-                record=self.record | needs.update,
+                record=self.recorded() | needs.update,
             )
         gradient, weights = learned.gradient, learned.weights
         self.totals["skipped_steps"] += learned.skipped
@@ -254,6 +257,10 @@ class Trainer:
             if not saved:
                 self.save()
             raise
+
+    def recorded(self) -> frozenset[Signal]:
+        """What the diagnostics want to know of the tokens of the step at hand."""
+        return self.record_due if due(self.step + 1, self.settings.diagnostics.every) else self.record
 
     def deliver(self, report: Report) -> list[Alarm]:
         """Publish a step's report; the alarms that begin with it."""

@@ -19,7 +19,7 @@ from opd_lab.doctor import WARNING, compatible, first_step
 from opd_lab.parts import facts_of
 from opd_lab.run import load_parts
 from opd_lab.tracking import read
-from opd_lab.tracking.run_folder import read_table
+from opd_lab.tracking.run_folder import read_table, volatile
 
 SMALL = ("evaluate.problems=1", "evaluate.test_problems=1", "evaluate.samples=2", "evaluate.every=0")
 SFT = (*SMALL, "method=sft_dataset", "rollout.per_prompt=1")
@@ -27,7 +27,7 @@ SFT = (*SMALL, "method=sft_dataset", "rollout.per_prompt=1")
 
 def table_of(folder: Path) -> pd.DataFrame:
     table = read.metrics(folder).pivot(index="step", columns="name", values="value")
-    return table.filter(items=[name for name in table if not name.startswith("time/")])
+    return table.filter(items=[name for name in table if not volatile(name)])
 
 
 @pytest.fixture(scope="module")

@@ -111,6 +111,14 @@ def test_the_run_folder_holds_everything(tmp_path):
     assert set(wanted.split()) <= names
 
 
+def test_the_dearest_scalars_come_with_the_tables(tmp_path):
+    folder = run(tmp_path, "diagnostics.every=2").folder
+    assert set(read.table(folder, "positions")["step"]) == {2, 4}
+    for name in ("overlap/top16_fraction", "overlap/total_variation_mean_fraction", "kl/jsd_mean_nats"):
+        assert set(read.metrics(folder, name)["step"]) == {2, 4}
+    assert 1 in set(read.metrics(folder, "overlap/outside_top16_fraction")["step"])
+
+
 def test_the_objective_equals_the_exact_kl_for_plain_opd(tmp_path):
     metrics = read.metrics(run(tmp_path).folder).pivot(index="step", columns="name", values="value")
     trained = metrics[metrics["loss/opd_value"].notna()]

@@ -1,7 +1,7 @@
 """Batch -> Report: the same questions to every method, answered from the signals recorded on the chunk.
 
-Scalars and a row per rollout come at every step; histograms, the profiles over positions, the high-loss token types and
-sampled rollouts with their per-token arrays at every `settings.every`-th.
+Scalars, but for the dearest, and a row per rollout come at every step; those, histograms, the profiles over positions,
+the high-loss token types and sampled rollouts with their per-token arrays at every `settings.every`-th.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from opd_lab.diagnostics.histograms import count
 from opd_lab.diagnostics.positions import absolute_profile, profile
 from opd_lab.diagnostics.records import records, repeats, repetition
 from opd_lab.diagnostics.samples import sample
-from opd_lab.diagnostics.summary import RECORD, gap_BT, ratio_BT, scalars, total_weight_BT
+from opd_lab.diagnostics.summary import RECORD, RECORD_DUE, gap_BT, ratio_BT, scalars, total_weight_BT
 from opd_lab.settings import DiagnosticsSettings
 from opd_lab.types import ENTROPY_STUDENT, ENTROPY_TEACHER, FORWARD_KL, RANK_TEACHER, REVERSE_KL, Batch, Report
 
-__all__ = ["RECORD", "Decode", "HighLoss", "due", "observe"]
+__all__ = ["RECORD", "RECORD_DUE", "Decode", "HighLoss", "due", "observe"]
 
 
 def due(step: int, every: int) -> bool:

@@ -8,9 +8,10 @@
     metrics.parquet  timing.parquet           the journal's rows (step, name, value), at the end
     <table>.parquet                           the segments, merged at the end
 
-What a clock or an allocator says (`time/*`, `memory/*`, `*_per_second`) has its own file, timing.parquet, so that two
-runs of one seed have the same metrics.parquet byte for byte. A resumed run drops what it will log again; but a step
-that is done twice keeps what the clock said the first time, for that is what a store may have been told.
+What a clock, an allocator or the machine says (`time/*`, `memory/*`, `system/*`, `*_per_second`) has its own file,
+timing.parquet, so that two runs of one seed have the same metrics.parquet byte for byte. A resumed run drops what it
+will log again; but a step that is done twice keeps what the clock said the first time, for that is what a store may
+have been told.
 
 To write a small file costs more than what is in it, so reports of up to `together_seconds` are written together. What
 a checkpoint was made after is written before it.
@@ -45,7 +46,7 @@ def within(step: int, segment: Path) -> bool:
 
 def volatile(name: str) -> bool:
     """Whether a metric differs between two runs of one seed."""
-    return name.startswith(("time/", "memory/")) or name.endswith("_per_second")
+    return name.startswith(("time/", "memory/", "system/")) or name.endswith("_per_second")
 
 
 def now() -> float:

@@ -16,6 +16,7 @@ from typing import ClassVar, Protocol
 
 from opd_lab.tracking.apart import Apart
 from opd_lab.tracking.delivery import Follower
+from opd_lab.tracking.system import System
 from opd_lab.types import Report
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
@@ -84,6 +85,7 @@ class FanOut:
             params={key(name): value for name, value in run.params.items()},
             tags={key(name): value for name, value in run.tags.items()},
         )
+        self._system = System()
         for tracker in self._local:
             tracker.start(run)
         for tracker in self._remote:
@@ -94,8 +96,10 @@ class FanOut:
                 raise
 
     def log(self, report: Report) -> None:
-        """Numbers that are not finite are logged as NaN and counted."""
+        """Numbers that are not finite are logged as NaN and counted. With histograms the machine is asked too."""
         scalars = {key(name): value for name, value in report.scalars.items()}
+        if report.histograms:
+            scalars |= self._system.sample()
         bad = [name for name, value in scalars.items() if not math.isfinite(value)]
         if bad:
             scalars |= {name: math.nan for name in bad} | {"tracking/nonfinite_count": float(len(bad))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opd_lab.diagnostics import RECORD, HighLoss
+from opd_lab.diagnostics import RECORD_DUE, HighLoss
 from opd_lab.diagnostics.quadrants import Quadrants
 from opd_lab.types import REVERSE_KL, Batch, Rollouts, Signal, Source
 
@@ -43,7 +43,7 @@ def random_batch(seed: int, vocabulary: int = 12, step: int = 0) -> Batch:
     prompts = [torch.randint(1, vocabulary, (2 + b % 3,), generator=g).tolist() for b in range(6)]
     rollouts = rollouts_of(prompts, responses, rewards=[1.0, 0.0, 1.0, 0.0, 0.0, 1.0])
     shape = rollouts.mask_BT.shape
-    signals = {s: -torch.rand(shape, generator=g) for s in sorted(RECORD, key=str)}
+    signals = {s: -torch.rand(shape, generator=g) for s in sorted(RECORD_DUE, key=str)}
     signals[REVERSE_KL] = (torch.randn(shape, generator=g) * 2).exp().mul(8).round() / 8
     return with_signals(rollouts, signals, step)
 

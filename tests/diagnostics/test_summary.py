@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opd_lab.diagnostics.positions import absolute_profile, profile
-from opd_lab.diagnostics.summary import RECORD, quantile, scalars
+from opd_lab.diagnostics.summary import RECORD_DUE, quantile, scalars
 from opd_lab.types import LOGP_STUDENT, LOGP_TEACHER, REVERSE_KL, Batch, jsd
 from tests.diagnostics.batches import NAN, random_batch, rollouts_of, with_signals
 
@@ -45,7 +45,7 @@ def test_a_token_without_a_score_is_left_out_and_counted() -> None:
 def test_the_jensen_shannon_divergence_is_a_yardstick_of_every_method() -> None:
     both = with_signals(ROLLOUTS, {jsd(0.5): torch.tensor([[0.1, 0.2, 0.3, 0.6], [0.0, 0.6, 9.0, 9.0]])})
     assert scalars(both, WEIGHTS, 0.5)["kl/jsd_mean_nats"] == pytest.approx(1.8 / 6)
-    assert jsd(0.5) in RECORD
+    assert jsd(0.5) in RECORD_DUE
 
 
 def test_what_does_not_exist_is_absent() -> None:
