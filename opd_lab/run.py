@@ -200,6 +200,7 @@ def identity(
         "seed": str(settings.seed),
         "sampling_temperature": f"{b.temperature:g}",
         "sampling_top_p": f"{b.top_p:g}",
+        "pass_at_k_estimator": "unbiased",  # of the two that papers print (`evaluate.py`)
         "config_digest": digest(settings),
         "data": parts.data.name,
         "data_digest": parts.data.digest,

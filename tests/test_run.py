@@ -103,6 +103,7 @@ def test_the_run_folder_holds_everything(tmp_path):
     status = json.loads((folder / "status.json").read_text())
     assert status["status"] == "FINISHED"
     assert status["tags"]["divergence"] == "reverse_kl"
+    assert status["tags"]["pass_at_k_estimator"] == "unbiased"
     assert status["params"]["optim.lr"] == 3e-4
     names = set(read.metrics(folder)["name"])
     wanted = "kl/reverse_mean_nats kl/reverse_p50_nats kl/reverse_p90_nats kl/reverse_p99_nats gap/mean_nats"
