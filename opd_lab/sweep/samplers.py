@@ -96,6 +96,27 @@ class _QMC(samplers.QMCSampler):
         return self._number
 
 
+class _GP(samplers.GPSampler):
+    """Of the trials that go on, those before this one count. Optuna notes what it drew before the trial has it: one
+    that was killed in between would count itself, and be drawn away from itself."""
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        self._number = trial.number
+        return super().sample_relative(study, trial, search_space)
+
+    def _sample_relative_impl(
+        self,
+        study: optuna.Study,
+        completed_trials: list[FrozenTrial],
+        running_trials: list[FrozenTrial],
+        search_space: dict[str, BaseDistribution],
+    ) -> dict[str, Any]:
+        before = [trial for trial in running_trials if trial.number < self._number]
+        return super()._sample_relative_impl(study, completed_trials, before, search_space)
+
+
 class Halving(pruners.BasePruner):
     """Successive halving: one bracket, whose first rung is the first evaluation. Hyperband, if `steps` are given: as
     many brackets as fit, each with a first rung `factor` times as late as the one before.
@@ -146,7 +167,7 @@ def make_sampler(s: SweepSettings, space: Space) -> samplers.BaseSampler:
     make: dict[str, Callable[[int], samplers.BaseSampler]] = {
         "random": lambda seed: samplers.RandomSampler(seed=seed),
         "tpe": lambda seed: samplers.TPESampler(seed=seed, n_startup_trials=first),
-        "gp": lambda seed: samplers.GPSampler(seed=seed, n_startup_trials=first),
+        "gp": lambda seed: _GP(seed=seed, n_startup_trials=first),
         "cmaes": lambda seed: samplers.CmaEsSampler(seed=seed, n_startup_trials=first, warn_independent_sampling=False),
         "nsgaii": lambda seed: samplers.NSGAIISampler(seed=seed, population_size=s.population),
         "qmc": lambda seed: _QMC(

@@ -88,7 +88,7 @@ def test_at_many_more_writes(tmp_path, monkeypatch, settings, every):
 @pytest.mark.parametrize("sampler", ["random", "gp", "cmaes", "nsgaii"])
 def test_every_sampler_draws_what_it_would_have_drawn(tmp_path, monkeypatch, sampler):
     settings = TPE | {"sampler": sampler, "space": {"top": "interval(0,1)", "x": "tag(log,interval(1,100))"}}
-    kill_everywhere(tmp_path, monkeypatch, settings | {"population": 4, "trials": 12}, every=41)
+    kill_everywhere(tmp_path, monkeypatch, settings | {"population": 4, "trials": 12}, every=19)
 
 
 @pytest.mark.slow
