@@ -78,6 +78,7 @@ class FanOut:
         self._remote = [tracker for tracker in trackers if tracker.remote]
         self._pace, self._follower = (retry_seconds, together_seconds), follower
         self._followers: list[Follower | Apart] = []
+        self._system: System | None = None  # until it starts
 
     def start(self, run: RunInfo) -> None:
         run = replace(
@@ -98,7 +99,7 @@ class FanOut:
     def log(self, report: Report) -> None:
         """Numbers that are not finite are logged as NaN and counted. With histograms the machine is asked too."""
         scalars = {key(name): value for name, value in report.scalars.items()}
-        if report.histograms:
+        if report.histograms and self._system:
             scalars |= self._system.sample()
         bad = [name for name, value in scalars.items() if not math.isfinite(value)]
         if bad:

@@ -160,6 +160,10 @@ def test_a_report_with_pictures_tells_of_the_machine_and_two_runs_still_have_the
     assert (tmp_path / "a" / "metrics.parquet").read_bytes() == (tmp_path / "b" / "metrics.parquet").read_bytes()
 
 
+def test_nobody_listens() -> None:
+    FanOut([]).log(report(0))
+
+
 def test_numbers_that_are_not_finite_become_nan_and_are_counted(tmp_path: Path) -> None:
     fan = started(tmp_path / "a")
     fan.log(Report(0, {"a": 1.0, "b": math.inf, "c": math.nan}))
