@@ -117,6 +117,7 @@ def _serve(
     together_seconds: float,
 ) -> None:
     parents.close()
+    os.nice(10)  # where no core is free, training goes first
     os.setpgid(0, 0)  # what stops the run, Ctrl-C or its sweep, does not stop the delivery of its last words
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_DFL)
