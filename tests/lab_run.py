@@ -6,13 +6,16 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from opd_lab import config
+from opd_lab import config, train
 from opd_lab.run import Result, execute
 from opd_lab.settings import RunSettings
 
@@ -48,6 +51,26 @@ def run(
 ) -> Result:
     chosen = settings(folder, *overrides, mlflow=mlflow)
     return execute(chosen, name, config_yaml=yaml.safe_dump(dataclasses.asdict(chosen)), say=say, on_step=on_step)
+
+
+class Killed(BaseException):
+    """As sudden as a signal."""
+
+
+@contextmanager
+def killed_after(step: int) -> Iterator[None]:
+    """The run inside dies right after the checkpoint of a step, as `kill -9` would: nothing is closed."""
+    save = train.Trainer.save
+
+    def save_and_die(self: train.Trainer) -> Path:
+        path = save(self)
+        if self.step == step:
+            raise Killed
+        return path
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.Trainer, "save", save_and_die)
+        yield
 
 
 def command(*words: str, cwd: Path, module: str = "opd_lab.cli") -> subprocess.CompletedProcess[str]:

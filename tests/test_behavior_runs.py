@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from lab_run import run, settings
+from lab_run import killed_after, run, settings
 
 from opd_lab import train
 from opd_lab.doctor import compatible
@@ -113,22 +113,9 @@ def test_no_token_of_a_run_leaves_the_ball_around_the_student(blended_run):
     assert max(value / budget for value, budget in spent) > 0.99, "somewhere the budget is used up"
 
 
-def test_a_resumed_run_goes_on_with_the_budget_of_its_step(tmp_path, monkeypatch, blended):
-    class Killed(BaseException):
-        pass
-
-    save = train.Trainer.save
-
-    def save_and_die(self):
-        path = save(self)
-        if self.step == 1:
-            raise Killed
-        return path
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "save", save_and_die)
-        with pytest.raises(Killed):
-            run(tmp_path, *SMALL, *TRB_SHORT, name="trb")
+def test_a_resumed_run_goes_on_with_the_budget_of_its_step(tmp_path, blended):
+    with killed_after(1):
+        run(tmp_path, *SMALL, *TRB_SHORT, name="trb")
     again = metrics(tmp_path, *TRB_SHORT, name="trb")
     named = [n for n in blended if not volatile(n)]
     pd.testing.assert_frame_equal(again.filter(items=named), blended.filter(items=named), check_exact=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from lab_run import run, settings
+from lab_run import killed_after, run, settings
 from torch.nn.functional import cross_entropy
 
 from opd_lab import train
@@ -86,22 +86,9 @@ def test_one_seed_one_batch_and_a_solution_belongs_to_its_problem_for_all_time(t
     assert 20 < openers.count("so") < 60  # .4 in the teacher's style, .03 in the student's
 
 
-def test_a_killed_run_ends_with_the_same_bits(tmp_path, monkeypatch, finished):
-    class Killed(BaseException):
-        pass
-
-    save = train.Trainer.save
-
-    def save_and_die(self):
-        path = save(self)
-        if self.step == 2:
-            raise Killed
-        return path
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "save", save_and_die)
-        with pytest.raises(Killed):
-            run(tmp_path, *SFT, name="sft_dataset")
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, finished):
+    with killed_after(2):
+        run(tmp_path, *SFT, name="sft_dataset")
     again = run(tmp_path, *SFT, name="sft_dataset").folder
     pd.testing.assert_frame_equal(table_of(again), table_of(finished), check_exact=True)
     weights = "student/model.safetensors"

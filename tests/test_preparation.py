@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from lab_run import run, settings
+from lab_run import killed_after, run, settings
 
-from opd_lab import preparation, train
+from opd_lab import preparation
 from opd_lab.methods.base import Method, Prepared
 from opd_lab.parts import Parts
 from opd_lab.run import load_parts
@@ -142,22 +142,10 @@ def train_metrics(folder: Path) -> dict[str, float]:
     return dict(zip(found["name"], found["value"]))
 
 
-class Killed(BaseException):
-    """As sudden as a signal."""
-
-
 def test_a_resumed_run_never_asks_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(tmp_path / "whole", *BRIDGE, "steps=2")
-    save = train.Trainer.save
-
-    def save_and_die(self: train.Trainer) -> Path:
-        save(self)
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "save", save_and_die)
-        with pytest.raises(Killed):
-            run(tmp_path / "cut", *BRIDGE, "steps=2")
+    with killed_after(1):
+        run(tmp_path / "cut", *BRIDGE, "steps=2")
 
     def refuse(*_: Any) -> None:
         raise AssertionError("the cache was asked")

@@ -6,33 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab_run import run, settings
+from lab_run import killed_after, run, settings
 from safetensors.torch import load_file
 
-from opd_lab import train
 from opd_lab.run import run_folder
 from opd_lab.tracking import read
 
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-class Killed(BaseException):
-    """As sudden as a signal."""
-
-
-def killed_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dies right after the checkpoint of a step, as `kill -9` would: nothing is closed."""
-    save = train.Trainer.save
-
-    def save_and_die(self):
-        path = save(self)
-        if self.step == step:
-            raise Killed
-        return path
-
-    monkeypatch.setattr(train.Trainer, "save", save_and_die)
 
 
 def test_one_seed_gives_one_metrics_file_and_another_seed_another(tmp_path):
@@ -44,12 +26,10 @@ def test_one_seed_gives_one_metrics_file_and_another_seed_another(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["opd", "scope", "tropd_lab"])
-def test_four_steps_are_two_a_kill_and_two(tmp_path, monkeypatch, method):
+def test_four_steps_are_two_a_kill_and_two(tmp_path, method):
     whole = run(tmp_path / "whole", f"method={method}", name=method)
-    with monkeypatch.context() as patch:
-        killed_after(2, patch)
-        with pytest.raises(Killed):
-            run(tmp_path / "cut", f"method={method}", name=method)
+    with killed_after(2):
+        run(tmp_path / "cut", f"method={method}", name=method)
     said: list[str] = []
     resumed = run(tmp_path / "cut", f"method={method}", name=method, say=said.append)
     assert any("resumed after step 2" in line for line in said)
@@ -67,11 +47,9 @@ def read_table(folder: Path, name: str) -> list[dict]:
     return sorted(read_table(folder, name).to_pylist(), key=lambda row: json.dumps(row, default=str, sort_keys=True))
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        killed_after(2, patch)
-        with pytest.raises(Killed):
-            run(tmp_path)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path):
+    with killed_after(2):
+        run(tmp_path)
     folder = run_folder(settings(tmp_path), "opd")
     (folder / "checkpoints" / "step_000002" / "student.safetensors").write_bytes(b"torn")
     said: list[str] = []

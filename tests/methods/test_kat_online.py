@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lab_run import run
+from lab_run import killed_after, run
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from opd_lab.teacher.local import LocalTeacher
 from opd_lab.tracking import read
 from opd_lab.types import Batch, Behavior, Rollouts
 from tests.methods.traps import stored
-from tests.test_run import Killed, digest, killed_after, read_table
+from tests.test_run import digest, read_table
 from tests.tiny import make
 
 PROMPTS = [[3, 4, 5, 6, 7], [8], [9, 10, 11], [3, 3], [12, 13, 14, 15], [16], [5, 4, 3], [17, 18]]
@@ -140,12 +140,10 @@ def buffer(folder: Path) -> Tensor:
     return next(value for name, value in saved.items() if name.endswith("method_state.lowest"))
 
 
-def test_four_steps_are_two_a_kill_and_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_steps_are_two_a_kill_and_two(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", *EARLY, name="kat_lab").folder
-    with monkeypatch.context() as patch:
-        killed_after(2, patch)
-        with pytest.raises(Killed):
-            run(tmp_path / "cut", *EARLY, name="kat_lab")
+    with killed_after(2):
+        run(tmp_path / "cut", *EARLY, name="kat_lab")
     resumed = run(tmp_path / "cut", *EARLY, name="kat_lab").folder
     assert digest(whole / "metrics.parquet") == digest(resumed / "metrics.parquet")
     for table in ("rollout_lengths", "rollouts", "histograms", "evaluations"):
