@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from dashboards.style import Style, styles
-from opd_lab.compare.budget import along, metrics_of
+from opd_lab.compare.curves import curve
 from opd_lab.compare.groups import Group, groups
 from opd_lab.compare.table import Comparison, table
 from opd_lab.tracking import read
@@ -21,6 +21,7 @@ from opd_lab.tracking import read
 Frame = Any  # a table or column of pandas, whose own types know less than its documentation
 STATUSES = ("FINISHED", "RUNNING", "FAILED", "KILLED")
 READ_TABLES = 4096  # tables of single runs kept in memory
+READ_CURVES = 4096  # curves of single methods kept in memory
 MOST_POINTS = 250  # of a line: of longer runs only every n-th step is drawn, and the note says so
 
 
@@ -103,57 +104,46 @@ def select(runs: read.Runs, statuses: Collection[str] = STATUSES) -> Selected:
 
 @dataclass(frozen=True)
 class Curve:
-    """One method over its training: mean over its seeds, and the range they span."""
+    """One method over its training: what `compare.curves` says of it."""
 
     label: str
-    seeds: int
-    points: Frame  # step, x, mean, low, high, seeds
+    points: Frame  # step, x, mean, low, high, lowest, highest, seeds, speaks_of
     every: int  # only every n-th step is among the points
 
 
 def curves(selected: Selected, metric: str, x: str = "steps") -> list[Curve]:
-    """A metric of every method that logged it against what its runs had spent: like `compare.curves`, but from
+    """A metric of every method that logged it against what its runs had spent: the rows of `compare.curves`, from
     tables that are read once for all figures.
 
     Raises:
         ValueError: an unknown x, or one that the runs did not log.
     """
-    if x not in AXES:
-        raise ValueError(f"x must be one of {', '.join(AXES)}, got {x}")
-    lines = (_curve(group, metric, x) for group in selected.groups)
-    return [line for line in lines if line is not None]
+    lines = []
+    for group in selected.groups:
+        points = _curve(tuple(group.folders), metric, x, tuple(map(_stamp, group.folders)))
+        if len(points):
+            every = -(-len(points) // MOST_POINTS)
+            kept = sorted({*range(0, len(points), every), len(points) - 1})
+            lines.append(Curve(group.label, points.iloc[kept], every))
+    return lines
 
 
-def _curve(group: Group, metric: str, x: str) -> Curve | None:
-    runs = []
-    for folder in group.folders:
-        logged = _logged(str(folder), _stamp(folder))
-        if metric in logged.names:
-            step_N, value_N = logged.of(metric)
-            there_N = ~np.isnan(value_N)
-            step_N, value_N = step_N[there_N], value_N[there_N]
-            runs.append((step_N, value_N, _spent(folder, step_N, x)))
-    step_S = np.unique(np.concatenate([step_N for step_N, _, _ in runs])) if runs else np.empty(0)
-    if not len(step_S):
-        return None
-    value_SR, x_SR = np.full((2, len(step_S), len(runs)), np.nan)
-    for r, (step_N, value_N, x_N) in enumerate(runs):
-        at_N = np.searchsorted(step_S, step_N)
-        value_SR[at_N, r], x_SR[at_N, r] = value_N, x_N
-    every = -(-len(step_S) // MOST_POINTS)
-    kept = sorted({*range(0, len(step_S), every), len(step_S) - 1})
-    value_SR, x_SR = value_SR[kept], x_SR[kept]
-    points = {"step": step_S[kept], "x": np.nanmean(x_SR, 1), "mean": np.nanmean(value_SR, 1)}
-    points |= {"low": np.nanmin(value_SR, 1), "high": np.nanmax(value_SR, 1), "seeds": (~np.isnan(value_SR)).sum(1)}
-    return Curve(group.label, sum(len(step_N) > 0 for step_N, _, _ in runs), pd.DataFrame(points), every)
+@lru_cache(READ_CURVES)
+def _curve(folders: tuple[Path, ...], metric: str, x: str, stamps: tuple[float, ...]) -> Frame:
+    return curve(folders, metric, x, _Remembered())
 
 
-def _spent(folder: Path, step_N: Frame, x: str) -> Frame:
-    """What a run had spent when each of these steps was over."""
-    if x == "steps":
-        return step_N
-    step_S, spent_S = _along(str(folder), x, _stamp(folder))
-    return np.concatenate([[0.0], spent_S])[np.searchsorted(step_S, step_N, side="right")]
+class _Remembered:
+    """Runs as `tracking.read` gives them, from what has been read of them."""
+
+    def metrics(self, where: Path, /, names: Collection[str]) -> Frame:
+        logged = _logged(str(where), _stamp(where))
+        found = [(name, *logged.of(name)) for name in sorted(names) if name in logged.names]
+        rows = [pd.DataFrame({"step": step_N, "name": name, "value": value_N}) for name, step_N, value_N in found]
+        return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=["step", "name", "value"])
+
+    def evaluations(self, where: Path, /) -> Frame:
+        return _table(str(where), "evaluations", _stamp(where))
 
 
 def _stamp(folder: Path) -> float:
@@ -190,17 +180,6 @@ def _logged(folder: str, stamp: float) -> Logged:
 @lru_cache(READ_TABLES)
 def _compared(folders: tuple[str, ...], baseline: str | None, stamps: tuple[float, ...]) -> Comparison:
     return table(folders, baseline)
-
-
-@lru_cache(READ_TABLES)
-def _along(folder: str, x: str, stamp: float) -> tuple[Frame, Frame]:
-    """steps, and what had been spent after each."""
-    logged = _logged(folder, stamp)
-    parts = {name: logged.of(name) for name in metrics_of(x) if name in logged.names}
-    rows = [pd.DataFrame({"step": step_N, "value": value_N, "name": n}) for n, (step_N, value_N) in parts.items()]
-    found = pd.concat(rows) if rows else pd.DataFrame(columns=["step", "value", "name"])
-    spent = along(x, found, Path(folder))
-    return spent.index.to_numpy(), spent.to_numpy()
 
 
 @lru_cache(READ_TABLES)

@@ -57,6 +57,7 @@ def _report(step: int, seed: int, final: float) -> Report:
     accuracy = {0: 0.25, 1: (0.25 + final) / 2, 2: final}[step]
     report = Report(step, {"eval/validation/avg_at_4": accuracy, "loss/total_value": 1.0})
     report.tables["evaluations"] = [{"set": "test", "problem": str(p), "n": 4, "correct": p} for p in range(4)]
+    report.scalars |= {"eval/test/pass_at_1": 0.375, "eval/test/pass_at_4": 0.75}  # which is what these rows say
     if step == 0:
         return report
     report.scalars |= {
@@ -70,8 +71,6 @@ def _report(step: int, seed: int, final: float) -> Report:
         **{f"kl/reverse_p{q}_nats": q / 100 for q in (50, 90, 99)},
         "entropy/student_mean_nats": 0.5,
         "overlap/top16_fraction": 0.75,
-        "eval/test/pass_at_1": accuracy,
-        "eval/test/pass_at_4": 1.0,
     }
     report.histograms["kl/reverse_nats"] = count(tensor([2e-3, 0.2, 0.2, 2.0]), "kl_nats")
     report.tables["positions"] = [{"step": step, "decile": d, "tokens": 2, "kl_reverse_mean_nats": d} for d in (0, 9)]

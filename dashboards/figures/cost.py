@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 
 from dashboards.runs import Frame, Selected
 from dashboards.style import COLOURS, dress, empty, short
+from opd_lab.compare import budget
 
 # Part of a step -> its metric; what is left of time/step_seconds is "other".
 SECONDS = {
@@ -16,12 +17,6 @@ SECONDS = {
     "diagnostics": "time/diagnostics_seconds",
 }
 STEP, EVALUATION = "time/step_seconds", "time/evaluation_seconds"
-TOKENS = {
-    "student wrote": "cost/generated_tokens",
-    "teacher scored": "cost/teacher_scored_tokens",
-    "teacher read along": "cost/teacher_decoded_tokens",
-    "teacher wrote": "cost/teacher_generated_tokens",
-}
 HATCHES = ("", "/", "x", ".", "-", "+")  # parts are told apart without colours too
 BAR = 30  # pixels per method
 
@@ -37,18 +32,22 @@ def seconds(selected: Selected) -> go.Figure:
     parts: Frame = pd.DataFrame({part: total[name] for part, name in SECONDS.items()})
     parts["other"] = (total[STEP] - parts.sum(axis=1)).clip(lower=0)
     parts["evaluation"] = total[EVALUATION]
-    return _bars(selected, parts, question, "seconds per run", "Mean over seeds.")
+    return _bars(
+        selected, parts, question, "seconds per run", "Mean over seeds; the table's seconds are without evaluation."
+    )
 
 
 def tokens(selected: Selected) -> go.Figure:
     """Tokens of a whole run by who read or wrote them; the mean over seeds."""
     question = "How many tokens does each method ask of student and teacher?"
-    found = selected.metrics(list(TOKENS.values()))
+    found = selected.metrics(list(budget.metrics_of("student_tokens", "teacher_tokens")))
     if not len(found):
         return empty(question, "No tokens were counted yet: they come with the first step.")
-    last = found.groupby(["label", "folder", "name"])["value"].max().groupby(["label", "name"]).mean().unstack()
-    parts: Frame = pd.DataFrame({part: last[name] for part, name in TOKENS.items() if name in last})
-    return _bars(selected, parts, question, "tokens per run", "Mean over seeds; evaluations are not counted.")
+    of_run = [{"label": label, **budget.tokens(mine)} for (label, _), mine in found.groupby(["label", "folder"])]
+    parts: Frame = pd.DataFrame(of_run).groupby("label").mean()
+    parts = parts.loc[:, parts.any()]
+    note = "Mean over seeds; evaluations are not counted. The teacher's parts add up to the table's teacher tokens."
+    return _bars(selected, parts, question, "tokens per run", note)
 
 
 def _bars(selected: Selected, parts: Frame, question: str, unit: str, note: str) -> go.Figure:

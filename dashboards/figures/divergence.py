@@ -144,7 +144,8 @@ def histogram(selected: Selected, name: str = "kl/reverse_nats") -> go.Figure:
         figure,
         question,
         alt=f"Heat maps of {name} over training for {', '.join(drawn)}; bins upwards, steps to the right.",
-        note="Colour: share of the step's tokens that fall into a bin; bins and colours are the same for all." + left,
+        note="Colour: share of the step's tokens, all seeds together, that fall into a bin; bins and colours are the "
+        "same for all." + left,
         height=panels_height(drawn),
     )
 
@@ -192,7 +193,8 @@ def positions(selected: Selected, value: str = "kl_reverse_mean_nats") -> go.Fig
         figure,
         question,
         alt=f"Heat maps of mean KL by position in the rollout and step for {', '.join(labels)}.",
-        note=f"{KL}; position in tenths of a rollout, 0 % its first token; the colours are the same for all.",
+        note=f"{KL}, mean over the tokens of all seeds; position in tenths of a rollout, 0 % its first token; the "
+        "colours are the same for all.",
         height=panels_height(labels),
     )
 

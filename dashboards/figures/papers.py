@@ -10,11 +10,12 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from dashboards import style
 from dashboards.figures import lines
-from dashboards.runs import Selected
+from dashboards.runs import Frame, Selected, curves
 from dashboards.style import SCALE, dress, empty, panels, short
 
 ROLLOUTS = 100  # rows of a map
@@ -184,7 +185,7 @@ def kl_map(selected: Selected) -> go.Figure:
 
 
 def support(selected: Selected) -> go.Figure:
-    """TRB, figure 7: the first 25 steps pooled, a point per method."""
+    """TRB, figure 7: the first 25 steps of all seeds pooled, a point per method."""
     question = "Does the teacher's support still tell right from wrong rollouts?"
     found = selected.metrics(SUPPORT)
     found = found[found["step"] <= FIRST_STEPS] if len(found) else found
@@ -225,7 +226,7 @@ def support(selected: Selected) -> go.Figure:
     figure.update_xaxes(title_text="mean teacher log-prob of the tokens, nats")
     figure.update_yaxes(title_text="AUROC of support against correctness")
     said = "; ".join(f"{label}: {row[SUPPORT[1]]:.3f}" for label, row in mean.iterrows())
-    note = "TRB, arXiv 2605.31159, figure 7: the first 25 steps."
+    note = "TRB, arXiv 2605.31159, figure 7: the first 25 steps of all seeds together."
     return dress(figure, question, alt=f"AUROC per method: {said}.", note=note, height=440)
 
 
@@ -233,29 +234,43 @@ def pass_at_k(selected: Selected) -> go.Figure:
     """SCOPE, figures 1a and 4: pass@k before and after training."""
     question = "Is only the first answer better, or every one of k?"
     names = {int(match[1]): name for name in selected.names() if (match := PASS.match(name))}
-    found = selected.metrics(list(names.values()))
-    if not len(found):
+    tested = [(k, line) for k in sorted(names) for line in curves(selected, names[k])]
+    if not tested:
         return empty(question, "No pass@k on test problems: it needs graded data and evaluate.test_samples > 1.")
     figure = go.Figure()
-    for label in selected.present(found):
-        mine, style = found[found["label"] == label], selected.styles[label]
-        last = mine[mine["step"] == mine.groupby("folder")["step"].transform("max")].groupby("name")["value"].mean()
+    first = {line.label: line.points["step"].iloc[0] for _, line in tested}
+    for label in dict.fromkeys(line.label for _, line in tested):
+        look = selected.styles[label]
+        last: Frame = pd.DataFrame(
+            [line.points.iloc[-1].to_dict() | {"k": k} for k, line in tested if line.label == label]
+        )
+        if last["step"].iloc[-1] == first[label]:
+            continue  # not trained yet
         figure.add_trace(
             go.Scatter(
-                x=sorted(names),
-                y=[last.get(names[k]) for k in sorted(names)],
+                x=last["k"],
+                y=last["mean"],
                 name=short(label),
                 mode="lines+markers",
-                line={"color": style.colour, "dash": style.dash, "width": 2},
-                marker={"symbol": style.symbol, "size": 8},
-                hovertemplate=f"{label}<br>pass@%{{x}} = %{{y:.4f}}<extra></extra>",
+                line={"color": look.colour, "dash": look.dash, "width": 2},
+                marker={"symbol": look.symbol, "size": 8},
+                error_y={
+                    "array": last["high"] - last["mean"],
+                    "arrayminus": last["mean"] - last["low"],
+                    "color": look.colour,
+                    "thickness": 1,
+                },
+                customdata=last[["low", "high", "speaks_of"]],
+                hovertemplate=f"{label}<br>pass@%{{x}} = %{{y:.4f}}<br>95 % [%{{customdata[0]:.4f}}, "
+                "%{customdata[1]:.4f}] over %{customdata[2]}<extra></extra>",
             )
         )
-    before = found[found["step"] == found.groupby("folder")["step"].transform("min")].groupby("name")["value"].mean()
+    begun: Frame = pd.DataFrame([{"k": k, "value": line.points["mean"].iloc[0]} for k, line in tested])
+    begun = begun.groupby("k").mean()
     figure.add_trace(
         go.Scatter(
-            x=sorted(names),
-            y=[before.get(names[k]) for k in sorted(names)],
+            x=begun.index,
+            y=begun["value"],
             name="before training",
             mode="lines",
             line={"color": "#8A8F98", "dash": "dot"},
@@ -265,7 +280,8 @@ def pass_at_k(selected: Selected) -> go.Figure:
     said = "; ".join(f"{trace.name}: {', '.join(f'{value:.3f}' for value in trace.y)}" for trace in figure.data)
     figure.update_xaxes(title_text="k", type="log", tickvals=sorted(names), ticktext=[str(k) for k in sorted(names)])
     figure.update_yaxes(title_text="pass@k, share of problems")
-    note = "SCOPE, arXiv 2604.10688, figures 1a and 4; test problems, mean over seeds."
+    note = "SCOPE, arXiv 2604.10688, figures 1a and 4; test problems. "
+    note += lines.read_band(line for _, line in tested).replace("band:", "bars:")
     return dress(figure, question, alt=f"pass@k for k = {', '.join(map(str, sorted(names)))}. {said}.", note=note)
 
 

@@ -99,6 +99,6 @@ def shares(selected: Selected) -> go.Figure:
         figure,
         question,
         alt=f"Heat map of the share of all KL per token type and method. The largest: {leaders}.",
-        note="KL of all tokens written during training; white: not among the types with the most KL.",
+        note="KL of all tokens written in training, all seeds together; white: not among the types with the most KL.",
         height=150 + 30 * len(wide.columns),
     )

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from opd_lab.compare.groups import Group
 from opd_lab.tracking import read
 
@@ -56,10 +58,11 @@ def along(axis: str, metrics: DataFrame, folder: Path) -> Any:
     Raises:
         ValueError: an axis whose metrics or parameter counts the run did not log.
     """
+    if axis == "steps":
+        steps: Any = metrics["step"].drop_duplicates()
+        return steps.set_axis(steps).sort_index()
     once: Any = metrics.drop_duplicates(["step", "name"], keep="last")
     wide: Any = once.pivot(index="step", columns="name", values="value")
-    if axis == "steps":
-        return wide.index.to_series()
     first = _NEEDS[axis][0]
     if first not in wide:
         raise ValueError(f"x={axis} needs {first}, which {folder.name} did not log; take x=steps, or run it again")
@@ -67,8 +70,7 @@ def along(axis: str, metrics: DataFrame, folder: Path) -> Any:
         return wide[first].fillna(0.0).cumsum()
     totals = wide.reindex(columns=_NEEDS["flops"]).ffill().fillna(0.0)  # not logged: not asked
     student_tokens = totals["cost/generated_tokens"]
-    scored, prefix, cached, decoded, written = (totals[name] for name in _TEACHER)
-    teacher_tokens = scored + prefix - cached + decoded.clip(lower=written)
+    teacher_tokens = sum(_of_teacher(totals).values())
     if axis != "flops":
         return student_tokens if axis == "student_tokens" else teacher_tokens
     said = read.status(folder)
@@ -82,6 +84,23 @@ def along(axis: str, metrics: DataFrame, folder: Path) -> Any:
     updates = said["params"]["optim.updates_per_rollout"]
     passes = (2 + 6 * updates) * student_tokens - 2 * totals["cost/dataset_tokens"]
     return student * passes + 2 * of_teacher * teacher_tokens
+
+
+def tokens(metrics: DataFrame) -> dict[str, float]:
+    """What one run has counted so far, by who wrote or read it; the teacher's parts add up to its axis."""
+    last: Any = metrics.sort_values("step").groupby("name", observed=True)["value"].last()
+    last = last.reindex(_NEEDS["flops"]).fillna(0.0)
+    found = {"student wrote": last["cost/generated_tokens"], **_of_teacher(last)}
+    return {part: float(count) for part, count in found.items()}
+
+
+def _of_teacher(totals: Any) -> dict[str, Any]:
+    scored, prefix, cached, decoded, written = (totals[name] for name in _TEACHER)
+    return {
+        "teacher scored": scored,
+        "teacher read before it went on": prefix - cached,
+        "teacher wrote or read along": np.maximum(decoded, written),
+    }
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from scipy.special import comb
+
 from opd_lab.compare.groups import Group
 from opd_lab.compare.statistics import Array
 from opd_lab.tracking import read
@@ -53,6 +55,11 @@ def scores(group: Group) -> Scores | None:
 
 def _table(test: DataFrame) -> DataFrame:
     return test.pivot_table(index="folder", columns="problem", values="accuracy").dropna(axis="columns")
+
+
+def pass_at_k(n_N: Any, c_N: Any, k: int) -> Any:
+    """Per problem, the probability that k of n rollouts, c of them correct, hold a correct one; k = 1: the share."""
+    return 1.0 - comb(n_N - c_N, k) / comb(n_N, k)
 
 
 def paired(a: Scores, b: Scores) -> tuple[list[str], list[int], list[int]]:

@@ -50,7 +50,7 @@ class Estimate:
     problems_df: int
     seeds: Array  # 0 where nothing is known of seeds
     seeds_df: Array
-    speaks_of: str  # "problems" | "problems and seeds"
+    speaks_of: str  # "problems" | "problems and seeds" | "seeds"
 
     @property
     def standard_error(self) -> Array:
@@ -63,6 +63,11 @@ class Estimate:
 
     def interval(self) -> tuple[Array, Array]:
         return self.value - self.half_width(), self.value + self.half_width()
+
+    def within(self, least: float, most: float) -> tuple[float, float]:
+        """The interval of one number, cut where no value can lie."""
+        low, high = self.interval()
+        return max(float(low), least), min(float(high), most)
 
     def p_value(self, null: float = 0.0) -> Array:
         """Of value = null, two-sided: one minus the level of the interval that ends there."""
@@ -82,6 +87,17 @@ class Estimate:
 def accuracy(correct_SP: Array) -> Estimate:
     """The mean over seeds and problems."""
     return _estimate(correct_SP.mean(-2), (correct_SP,))
+
+
+def over_seeds(value_SN: Array) -> Estimate:
+    """The mean over seeds of N numbers that are not made of problems, NaN where a seed has none: a t interval each. A
+    number that one seed has gets none."""
+    count_N = (~np.isnan(value_SN)).sum(0)
+    mean_N = np.nansum(value_SN, 0) / count_N
+    df_N = np.maximum(count_N - 1, 1)
+    squares_N = np.nansum((value_SN - mean_N) ** 2, 0)
+    seeds_N = np.where(count_N > 1, squares_N / df_N / count_N, np.nan)
+    return Estimate(mean_N, np.zeros_like(mean_N), 1, seeds_N, df_N, "seeds")
 
 
 def difference(a_SP: Array, b_SP: Array) -> Estimate:

@@ -113,19 +113,13 @@ def _accuracy(tested: Scores | None) -> dict[str, Any]:
         return {"problems": 0, "speaks_of": "nothing"} | dict.fromkeys(after + best, NAN)
     found = statistics.accuracy(tested.final_SP)
     row = {"problems": len(tested.problems), "speaks_of": found.speaks_of}
-    row |= dict(zip(after, (float(tested.before_SP.mean()), float(found.value), *_within(found, 0.0, 1.0))))
+    row |= dict(zip(after, (float(tested.before_SP.mean()), float(found.value), *found.within(0.0, 1.0))))
     if tested.best_SP is None:
         return row | dict.fromkeys(best, NAN)
     gain = statistics.accuracy(tested.best_SP - tested.final_SP)  # one seed has both, so it is one table
     step = sum(tested.best_steps) / len(tested.best_steps)
-    values = (float(tested.best_SP.mean()), step, float(gain.value), *_within(gain, -1.0, 1.0))
+    values = (float(tested.best_SP.mean()), step, float(gain.value), *gain.within(-1.0, 1.0))
     return row | dict(zip(best, values))
-
-
-def _within(found: statistics.Estimate, least: float, most: float) -> tuple[float, float]:
-    """The interval, cut where no value can lie."""
-    low, high = found.interval()
-    return max(float(low), least), min(float(high), most)
 
 
 def _spent(group: Group) -> dict[str, float]:
@@ -172,9 +166,9 @@ def _gain(mine: Scores, against: Scores, alpha: float) -> dict[str, Any]:
     gain, better = statistics.difference(a_SP, b_SP), statistics.improvement(a_SP, b_SP)
     enough = statistics.needed(a_SP, b_SP, alpha)
     row = {"problems": len(shared), "speaks_of": gain.speaks_of, "gain": float(gain.value)}
-    row |= dict(zip(("gain_low", "gain_high"), _within(gain, -1.0, 1.0))) | {"p": float(gain.p_value())}
+    row |= dict(zip(("gain_low", "gain_high"), gain.within(-1.0, 1.0))) | {"p": float(gain.p_value())}
     row |= {"improvement": float(better.value)}
-    row |= dict(zip(("improvement_low", "improvement_high"), _within(better, 0.0, 1.0)))
+    row |= dict(zip(("improvement_low", "improvement_high"), better.within(0.0, 1.0)))
     row |= dict(zip(("bootstrap_low", "bootstrap_high"), statistics.bootstrap(a_SP, b_SP)))
     return row | {"seeds_needed": enough.seeds, "problems_needed": enough.problems}
 

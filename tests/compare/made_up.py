@@ -54,6 +54,8 @@ def a_run(
         tested = {0: [1] * len(correct), 1: best, 2: correct}[step]
         if tested is not None:
             report.scalars["eval/test/reverse_kl_mean_nats"] = 0.5 - step * seed / 10
+            if tested:
+                report.scalars["eval/test/avg_at_4"] = sum(tested) / len(tested) / 4
             report.tables["evaluations"] = [
                 {"set": "test", "problem": str(p), "n": 4, "correct": c} for p, c in enumerate(tested)
             ]

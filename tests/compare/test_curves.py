@@ -8,8 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from opd_lab import evaluate
 from opd_lab.compare.budget import AXES, along
-from opd_lab.compare.curves import COLUMNS, curves
+from opd_lab.compare.curves import COLUMNS, bounds, curves
+from opd_lab.compare.scores import pass_at_k
+from opd_lab.compare.table import table
 from tests.compare.made_up import a_run
 
 
@@ -24,6 +27,51 @@ def test_mean_and_band_by_hand(tmp_path: Path) -> None:
     assert (last["lowest"], last["highest"]) == pytest.approx((0.1, 0.3))
     half = 12.706205 * 0.1  # t(1), standard error of .1 and .3
     assert (last["low"], last["high"]) == pytest.approx((0.2 - half, 0.2 + half))
+    assert last["speaks_of"] == "seeds"
+
+
+def test_an_accuracy_has_the_interval_of_the_table(tmp_path: Path) -> None:
+    a_run(tmp_path, "opd", 1, [4, 2, 1, 0])
+    a_run(tmp_path, "opd", 2, [3, 2, 0, 0])
+    a_run(tmp_path, "kat", 1, [4, 1, 3, 0])  # one seed
+    found = curves(tmp_path, "eval/test/avg_at_4").groupby("method").last()
+    rows = table(tmp_path).rows.set_index("method")
+    for of_curve, of_table in (("mean", "after"), ("low", "low"), ("high", "high")):
+        assert found[of_curve].to_dict() == rows[f"accuracy_{of_table}"].to_dict()
+    assert (
+        found["speaks_of"].to_dict() == {"opd": "problems and seeds", "kat": "problems"} == rows["speaks_of"].to_dict()
+    )
+    assert found["mean"]["kat"] == 0.5  # 1, .25, .75, 0: a standard deviation of .4564 and t(3) = 3.18245
+    assert found["high"]["kat"] == pytest.approx(min(0.5 + 3.182446 * 0.4564355 / 2, 1))
+    assert (found["lowest"]["opd"], found["highest"]["opd"]) == pytest.approx((5 / 16, 7 / 16))
+
+
+def test_a_seed_that_has_come_less_far_takes_its_part_of_the_interval_with_it(tmp_path: Path) -> None:
+    a_run(tmp_path, "opd", 1, [4, 2], best=[2, 2])
+    a_run(tmp_path, "opd", 2, [2, 0])
+    found = curves(tmp_path, "eval/test/avg_at_4").set_index("step")
+    assert found["seeds"].to_dict() == {0: 2, 1: 1, 2: 2}
+    assert found["speaks_of"].to_dict() == {0: "problems and seeds", 1: "problems", 2: "problems and seeds"}
+    assert (found["low"][1], found["high"][1]) == (0.5, 0.5)  # both problems alike
+
+
+def test_pass_at_k_of_the_rows_is_that_of_an_evaluation() -> None:
+    for c in range(5):
+        for k in (1, 2, 4):
+            assert pass_at_k(4, c, k) == pytest.approx(evaluate.pass_at_k(4, c, k))
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("kl/reverse_mean_nats", (0, math.inf)),
+        ("gap/mean_nats", (-math.inf, math.inf)),
+        ("overlap/top16_fraction", (0, 1)),
+        ("oprd/cosine_mean_fraction", (-1, 1)),
+    ],
+)
+def test_an_interval_ends_where_no_value_can_lie(metric: str, expected: tuple[float, float]) -> None:
+    assert bounds(metric) == expected
 
 
 def test_every_axis_counts_what_was_spent(tmp_path: Path) -> None:

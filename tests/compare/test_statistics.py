@@ -142,3 +142,13 @@ def test_holm_by_hand():
     assert s.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert s.holm([0.01, 0.04, 0.03], comparisons=6) == pytest.approx([0.06, 0.16, 0.15])
     assert s.holm([0.5, 0.9]).tolist() == [1.0, 1.0]
+
+
+def test_numbers_that_are_not_of_problems_have_a_t_interval_over_the_seeds_that_have_one() -> None:
+    found = s.over_seeds(np.array([[1.0, 4.0, 2.0], [3.0, np.nan, 2.0], [5.0, np.nan, 2.0]]))
+    assert found.value.tolist() == [3.0, 4.0, 2.0]
+    low_N, high_N = found.interval()
+    half = 4.302653 * 2 / math.sqrt(3)  # t(2), standard deviation 2
+    assert (low_N[0], high_N[0]) == pytest.approx((3 - half, 3 + half))
+    assert np.isnan(low_N[1])  # one seed
+    assert (low_N[2], high_N[2]) == (2.0, 2.0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import pandas as pd
 import pytest
 from dashboard_runs import a_run
 from optuna.storages.journal import JournalFileBackend
@@ -20,6 +21,8 @@ from dashboards import style
 from dashboards.figures import accuracy, alarms, cost, divergence, estimators, papers, rollouts, sweep, tokens
 from dashboards.runs import AXES, Selected, curves, select
 from opd_lab.bins import edges
+from opd_lab.compare import budget
+from opd_lab.compare import curves as compare
 from opd_lab.tracking.run_folder import RunFolder
 from opd_lab.tracking.tracker import RunInfo
 from opd_lab.types import Report
@@ -55,12 +58,40 @@ def two(tmp_path: Path) -> Selected:
     return select(tmp_path)
 
 
-def test_a_curve_is_the_mean_over_seeds_with_their_range(two: Selected) -> None:
-    opd, kat = curves(two, "eval/validation/avg_at_4")
-    assert (opd.label, opd.seeds, kat.label, kat.seeds) == ("opd", 2, "kat", 1)
-    assert opd.points["mean"].tolist() == pytest.approx([0.25, 0.425, 0.6])
-    assert opd.points["low"].tolist() == pytest.approx([0.25, 0.375, 0.5])
-    assert opd.points["high"].tolist() == pytest.approx([0.25, 0.475, 0.7])
+def test_a_curve_is_what_the_comparison_says(two: Selected) -> None:
+    drawn = curves(two, "kl/reverse_mean_nats")
+    rows = compare.curves(two.folders, "kl/reverse_mean_nats")
+    for line in drawn:
+        said = rows[rows["method"] == line.label].drop(columns="method").reset_index(drop=True)
+        pd.testing.assert_frame_equal(line.points[list(said)], said, check_dtype=False)
+    opd, kat = (line.points for line in drawn)
+    assert opd["mean"].tolist() == pytest.approx([0.45, 0.25])
+    half = 12.706205 * 0.05  # t(1), the standard error of .4 and .5
+    assert (opd["low"][0], opd["high"][0]) == pytest.approx((0, 0.45 + half))
+    assert kat["speaks_of"].unique().tolist() == ["nothing"]
+
+
+def test_a_band_says_what_it_is_and_is_cut_where_it_is_wider_than_what_was_seen(two: Selected) -> None:
+    figure = divergence.kl(two)
+    note = style.words(figure)["note"]
+    assert "Line: mean over seeds; band: 95 % interval over seeds; a method with one seed has none." in note
+    assert "The axis cuts bands" in note
+    least, most = math.log10(0.2), math.log10(0.5)
+    reach = 0.5 * (most - least)
+    assert figure.layout.yaxis.range == pytest.approx((least - reach, most + reach))
+    line = next(trace for trace in figure.data if trace.name == "opd")
+    assert "95 % [%{customdata[1]:.6g}, %{customdata[2]:.6g}] over seeds" in line.hovertemplate
+    assert numbers(line.customdata)[:3] == pytest.approx([1, 0, 0.45 + 12.706205 * 0.05])
+
+
+def test_the_parts_of_the_teachers_tokens_add_up_to_the_table(two: Selected) -> None:
+    parts = {bar.name: numbers(bar.x)[0] for bar in cost.tokens(two).data}
+    assert parts == {"student wrote": 200, "teacher scored": 100}
+    row = two.compared().rows.iloc[0]
+    assert (row["student_tokens"], row["teacher_tokens"]) == (200, 100)
+    spent = {"scored": 100, "prefix": 50, "cached": 20, "decoded": 30, "generated": 10}
+    rows = [{"step": 1, "name": f"cost/teacher_{name}_tokens", "value": value} for name, value in spent.items()]
+    assert list(budget.tokens(pd.DataFrame(rows)).values()) == [0, 100, 30, 30]
 
 
 @pytest.mark.parametrize(
