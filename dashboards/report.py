@@ -21,7 +21,7 @@ from opd_lab.tracking import coloured, read
 
 HERE = Path(__file__).parent
 TOKEN_ROWS = 15  # per method
-ANSWER, TOKEN, EXAMPLE = "method", "token", "example"
+ANSWER = "method"
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,8 @@ def _two(selected: Selected, baseline: str | None) -> tuple[str, str]:
 
 def _losses(selected: Selected) -> str:
     rows = [[g.label, *(conventions(g.folders[0]).get(name, "-") for name in CONVENTIONS)] for g in selected.groups]
-    return _table((ANSWER, *CONVENTIONS), rows, "What each method's loss is", text=range(len(CONVENTIONS) + 1))
+    head = (ANSWER, *(name.replace("_", " ") for name in CONVENTIONS))
+    return _table(head, rows, "What each method's loss is", text=range(len(CONVENTIONS) + 1))
 
 
 def _types(selected: Selected) -> str:
@@ -149,9 +150,10 @@ def _types(selected: Selected) -> str:
     if not len(found):
         return ""
     found = found.groupby("method", sort=False).head(TOKEN_ROWS)
-    rows = [[_cell(name, value) for name, value in row.items()] for row in found.to_dict("records")]
-    text = [place for place, name in enumerate(found) if name in (ANSWER, TOKEN, EXAMPLE, "quadrant")]
-    head = [tokens.WORDS[name] for name in found]
+    columns = [tokens.COLUMNS[name] for name in found]
+    rows = [[_formed(value, column.form) for column, value in zip(columns, row)] for row in found.to_numpy(object)]
+    text = [place for place, column in enumerate(columns) if not column.form]
+    head = [column.heading for column in columns]
     title = f"The {TOKEN_ROWS} token types with the most KL of every method"
     return f'{_table(head, rows, title, text=text, kind="wide")}<p class="note">{escape(tokens.READ)}</p>'
 
@@ -162,6 +164,10 @@ def _alarms(selected: Selected) -> str:
         return ""
     rows = [[_cell(name, value) for name, value in row.items()] for row in found.to_dict("records")]
     return _table(alarms.COLUMNS, rows, "Alarms", text=(0, 1, 3, 6))
+
+
+def _formed(value: Any, form: str) -> str:
+    return "-" if value is None or value != value else format(value, form)
 
 
 def _cell(name: Any, value: Any) -> str:

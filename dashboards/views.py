@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import streamlit as st
 
@@ -42,6 +43,7 @@ GAINED = {  # column of `Comparison.gains` -> its heading
     "improvement_high": "beats it, to",
     "seeds_needed": "seeds to separate",
 }
+LETTER, GIVES = 8, 50  # pixels of a letter in a table; of the context, that it gives to long names of methods
 CONFIG = {"displaylogo": False, "toImageButtonOptions": {"format": "svg"}}
 
 
@@ -129,13 +131,24 @@ def show_divergence(selected: Selected) -> None:
 def show_tokens(selected: Selected) -> None:
     draw(tokens.shares(selected))
     found = tokens.types(selected)
-    if len(found):
-        table(
-            "Which token types stay hard?",
-            found.dropna(axis=1, how="all").rename(columns=tokens.WORDS),
-            ["method", "token"],
-        )
-        st.caption(tokens.READ)
+    if not len(found):
+        return
+    title = "Which token types stay hard?"
+    found = found.assign(example=found["example"].map(tokens.near))
+    wider = min(max(LETTER * max(map(len, found["method"])) - tokens.COLUMNS["method"].pixels, 0), GIVES)
+    st.subheader(title, anchor=False)
+    config = {name: _column(name, {"method": wider, "example": -wider}.get(name, 0)) for name in found}
+    st.dataframe(found, hide_index=True, alt=title, column_config=config)
+    st.caption(tokens.READ)
+
+
+def _column(name: str, wider: int) -> Any:
+    said, stays = tokens.COLUMNS[name], name in ("method", "token")
+    heading, width = said.heading, said.pixels + wider
+    if not said.form:
+        return st.column_config.TextColumn(heading, help=said.says, width=width, pinned=stays)
+    form = {"%": "percent", "d": "localized"}.get(said.form[-1], f"%{said.form}")
+    return st.column_config.NumberColumn(heading, help=said.says, width=width, format=form)
 
 
 def show_rollouts(selected: Selected) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -10,38 +12,55 @@ from dashboards.runs import Frame, Selected
 from dashboards.style import SCALE, dress, empty, short
 
 MISSING = "No token types were counted: run with diagnostics.every > 0 and a teacher that gives its distribution."
+LETTERS = 10  # of an example before its mark, where there is room for a few words only
 TYPES = 24  # token types of the map
 WEIGHTED = ("p_student_mean", "p_teacher_mean", "entropy_teacher_mean_nats")  # means over the tokens of a type
-WORDS = {  # column of the table -> its heading
-    "method": "method",
-    "token": "token",
-    "example": "largest KL, in context",
-    "quadrant": "quadrant",
-    "count": "count",
-    "kl_mean_nats": "mean KL",
-    "kl_max_nats": "max KL",
-    "kl_share_fraction": "share of KL",
-    "enrichment_ratio": "enrichment",
-    "p_student_mean": "p student",
-    "p_teacher_mean": "p teacher",
-    "entropy_teacher_mean_nats": "teacher's entropy",
-    "persistence_fraction": "persistence",
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: narrow enough that all of them stand beside each other in a usual window."""
+
+    heading: str
+    says: str
+    pixels: int
+    form: str = ""  # of its numbers, as in a format string
+
+
+COLUMNS = {
+    "method": Column("method", "method", 84),
+    "token": Column("token", "token type", 62),
+    "example": Column(
+        "largest KL, in context", "the occurrence with the largest KL, marked in what stands around it", 148
+    ),
+    "quadrant": Column("quadrant", "easy, learned, rock or regressed; needs enough windows of training", 74),
+    "count": Column("count", "occurrences in training", 58, ",d"),
+    "kl_mean_nats": Column("mean KL", "mean KL(student || teacher), nats", 66, ".2f"),
+    "kl_max_nats": Column("max KL", "largest KL of one occurrence, nats", 62, ".1f"),
+    "kl_share_fraction": Column("of KL", "share of all KL", 56, ".1%"),
+    "enrichment_ratio": Column("enriched", "share of all KL / share of all tokens", 72, ".1f"),
+    "p_student_mean": Column("p stud.", "mean probability that the student gave it", 58, ".2f"),
+    "p_teacher_mean": Column("p teach.", "mean probability that the teacher gave it", 66, ".2f"),
+    "entropy_teacher_mean_nats": Column("H teach.", "mean entropy of the teacher at its place, nats", 66, ".2f"),
+    "persistence_fraction": Column(
+        "stays", "persistence: share of the last windows in which it was among the most KL", 56, ".0%"
+    ),
 }
 READ = (
-    "KL and entropy in nats. Enrichment: share of all KL / share of all tokens. Persistence: share of the last "
-    "windows of training in which the type was among those with the most KL."
+    "KL and entropy (H) in nats; p: mean probability of the token. Enriched: share of all KL / share of all tokens. "
+    "Stays (persistence): share of the last windows of training in which the type was among those with the most KL."
 )
 
 
 def types(selected: Selected) -> Frame:
-    """One row per method and token type after the last step, the seeds pooled: the columns of WORDS that are there.
+    """One row per method and token type after the last step, the seeds pooled: those of COLUMNS that say something.
 
     Shares of several seeds speak of all their tokens; a type that is missing in the table of one seed, where it was not
     among those with the most KL, counts there with nothing.
     """
     found = selected.table("high_loss_tokens")
     if not len(found):
-        return pd.DataFrame(columns=list(WORDS))
+        return pd.DataFrame(columns=list(COLUMNS))
     last = found[found["step"] == found.groupby("folder")["step"].transform("max")].copy()
     last["kl"] = last["kl_mean_nats"] * last["count"]
     first = last.groupby(["label", "folder"])[["kl", "kl_share_fraction", "count", "token_share_fraction"]].first()
@@ -66,7 +85,14 @@ def types(selected: Selected) -> Frame:
     table = table.join(top[["token", "kl_max_nats", "example", *(["quadrant"] if "quadrant" in top else [])]])
     table = table.reset_index().rename(columns={"label": "method"})
     table = table.sort_values("kl_share_fraction", ascending=False, ignore_index=True)
-    return table[[name for name in WORDS if name in table]]
+    return table[[name for name in COLUMNS if name in table and table[name].notna().any()]]
+
+
+def near(example: str) -> str:
+    """The end of what stands before the mark, the mark, and what follows."""
+    before, mark, rest = example.partition("⟦")
+    cut = len(before) > LETTERS and bool(mark)
+    return ("…" + before[-LETTERS:] if cut else before) + mark + rest
 
 
 def shares(selected: Selected) -> go.Figure:
@@ -99,6 +125,6 @@ def shares(selected: Selected) -> go.Figure:
         figure,
         question,
         alt=f"Heat map of the share of all KL per token type and method. The largest: {leaders}.",
-        note="KL of all tokens written in training, all seeds together; white: not among the types with the most KL.",
+        note="KL of all tokens written in training, all seeds together; empty: not among the types with the most KL.",
         height=150 + 30 * len(wide.columns),
     )

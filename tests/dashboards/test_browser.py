@@ -18,6 +18,8 @@ from opd_lab.types import Report
 
 pytestmark = pytest.mark.slow
 PATIENCE = 60_000  # milliseconds: a busy machine
+# By how much the columns of a table of the app are wider than what is seen of them.
+WIDER = "frame => (s => s.scrollWidth - s.clientWidth)(frame.querySelector('.dvn-scroller'))"
 LEGEND = ".js-plotly-plot .legendtext"
 
 
@@ -178,9 +180,13 @@ def test_the_report_draws_from_disk_without_a_network(
 def test_a_table_of_the_report_sorts_by_the_heading_that_is_pressed(
     browser: Browser, runs: Path, tmp_path: Path
 ) -> None:
-    page = browser.new_page()
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
     page.goto(write_report(tmp_path, runs).as_uri())
     table = page.locator(".wide table")
+    assert (
+        page.evaluate("[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length")
+        == 0
+    )
     heading = table.locator("th", has_text="count")
     place = heading.evaluate("heading => heading.cellIndex")
     for _, order in (("first", "descending"), ("again", "ascending")):
@@ -198,6 +204,7 @@ def test_a_table_of_the_app_sorts_by_the_heading_that_is_pressed(watched: Watche
     frame = page.get_by_test_id("stDataFrame")
     frame.locator("canvas").first.wait_for()
     frame.scroll_into_view_if_needed()
+    assert frame.evaluate(WIDER) == 0
     first = frame.locator("td[aria-colindex='1']").first  # the canvas keeps a table for screen readers
     for order in ("opd", "scope"):  # up, then down
         box = frame.locator("canvas").first.bounding_box()

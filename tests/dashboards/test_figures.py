@@ -147,6 +147,16 @@ def test_token_types_of_two_seeds_are_pooled_by_their_tokens(two: Selected) -> N
     assert list(found.index) == ["now", "<b>"]  # the largest share first
 
 
+def test_what_no_type_has_is_no_column_and_all_of_them_fit_beside_each_other(two: Selected) -> None:
+    assert list(tokens.types(two)) == [name for name in tokens.COLUMNS if name != "quadrant"]
+    assert sum(column.pixels for column in tokens.COLUMNS.values()) <= 930  # what a window of 1,400 leaves a table
+
+
+def test_a_short_context_still_shows_its_token() -> None:
+    assert tokens.near("7 ? <assistant> 4 plus 7 makes 33 ,⟦now⟧41") == "…makes 33 ,⟦now⟧41"
+    assert tokens.near("4 ⟦plus⟧ 7") == "4 ⟦plus⟧ 7"
+
+
 def test_rollouts_are_paired_by_prompt(two: Selected) -> None:
     pairs = rollouts.pairs(two, "opd", "kat")
     assert [(a["prompt"], b["prompt"]) for a, b in pairs] == [("what? 1", "what? 1"), ("what? 2", "what? 2")]
