@@ -65,7 +65,10 @@ class LocalLauncher:
         context = multiprocessing.get_context("spawn") if slot.gpu else self._forks
         process = context.Process(target=_child, args=(str(folder), dict(slot.environment)), daemon=False)
         with _environment(slot.environment if slot.gpu else {}):
-            process.start()
+            if slot.gpu:
+                process.start()
+            else:
+                self._fork(process)
         Mail(folder).placed()
         self._running[folder] = _Running(process, slot)
         return slot.name
@@ -105,6 +108,35 @@ class LocalLauncher:
             _kill(running.process)
             running.process.join()
         self._running.clear()
+
+    def _fork(self, process: BaseProcess) -> None:
+        """Start a process from the fork server. Its first answer waits for its imports, and Python waits without limit.
+
+        Raises:
+            ValueError: it gave none.
+        """
+        failed: list[Exception] = []
+
+        def start() -> None:
+            try:
+                process.start()
+            except Exception as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=start, daemon=True)
+        thread.start()
+        thread.join(self._settings.start_seconds)
+        late = thread.is_alive()
+        if late:
+            os.kill(vars(forkserver._forkserver)["_forkserver_pid"], signal.SIGKILL)
+            thread.join()
+        if late or failed:
+            what = f"is not ready after launcher.start_seconds={self._settings.start_seconds:g}" if late else "has died"
+            raise ValueError(
+                f"what trials are forked from {what}: it imports {', '.join(PRELOAD)}; "
+                f"`{sys.executable} -X importtime -m {PRELOAD[0]}` shows where it stays"
+                + (", launcher.start_seconds=NUMBER gives a slow disk more time" if late else "")
+            ) from next(iter(failed), None)
 
     def _enforce(self) -> None:
         """Kill what does not stop when asked, and what has grown too large."""

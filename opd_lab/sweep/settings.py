@@ -58,6 +58,7 @@ class RaySettings:
     kind: str
     address: str | None
     slots: int | str  # a number, or auto
+    start_seconds: float
     cpus: int
     gpus: float
     memory_gib: float | None

@@ -15,7 +15,7 @@ from opd_lab.sweep.settings import LocalSettings
 from opd_lab.sweep.slots import slots
 
 AUTO = {"kind": "local", "slots": "auto", "gpus": None, "trials_per_gpu": 1, "threads": 3, "memory_limit_gib": None}
-AUTO |= {"poll_seconds": 0.1, "grace_seconds": 1.0}
+AUTO |= {"start_seconds": 60.0, "poll_seconds": 0.1, "grace_seconds": 1.0}
 
 
 def ended(state: TrialState, **said) -> optuna.trial.FrozenTrial:

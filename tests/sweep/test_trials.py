@@ -5,6 +5,7 @@ import signal
 from multiprocessing import forkserver
 from pathlib import Path
 
+import psutil
 import pytest
 import tasks
 from bench import Bench, launcher, sweep_settings
@@ -69,6 +70,30 @@ def test_ctrl_c_is_not_for_the_fork_server(tmp_path):
     status = Path(f"/proc/{forkserver._forkserver._forkserver_pid}/status").read_text()
     (blocked,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigBlk"))
     assert int(blocked, 16) & 1 << signal.SIGINT - 1
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            "import threading; threading.Event().wait()",
+            r"is not ready after launcher.start_seconds=0.5: it imports ends",
+        ),
+        ("raise RuntimeError('no such luck')", r"has died: it imports ends; `.*python.* -X importtime -m ends` shows"),
+    ],
+)
+def test_a_fork_server_that_never_gets_ready_ends_the_sweep(tmp_path, monkeypatch, line, words):
+    forkserver._forkserver._stop()  # one that is ready
+    (tmp_path / "ends.py").write_text(line)
+    settings = sweep_settings(space={"top": [0.25]})
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+        patch.setattr(local, "PRELOAD", ["ends"])
+        with pytest.raises(ValueError, match=words):
+            Bench(tmp_path, settings, start_seconds=0.5 if "wait" in line else 60.0).run()
+        mine = [p.info for p in psutil.process_iter(["ppid", "cmdline"]) if p.info["ppid"] == os.getpid()]
+        assert not [said for said in mine if "'ends'" in " ".join(said["cmdline"] or [])]
+    assert Bench(tmp_path, settings).run().states() == "COMPLETE"
 
 
 def test_a_failed_trial_is_repeated_under_a_number_of_its_own(tmp_path):
