@@ -74,11 +74,11 @@ class _Raw(argparse.RawDescriptionHelpFormatter):
 
 
 def _hydra(task: str, overrides: Sequence[str]) -> int:
-    """A task of `python -m opd_lab`, with these overrides."""
-    from opd_lab import __main__ as hydra_app
+    """A task of `app`, with these overrides."""
+    from opd_lab import app
 
     sys.argv = ["opd-lab", *overrides]
-    hydra_app.app(getattr(hydra_app, task))
+    app.app(getattr(app, task))
     return 0
 
 

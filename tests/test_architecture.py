@@ -13,7 +13,7 @@ LAYERS = [
     *("bins", "types", "settings", "divergence", "methods", "chunk", "signals", "models", "pairing", "data", "rollout"),
     *("asking", "step", "teacher", "diagnostics", "tracking", "compare", "evaluate", "checkpoint", "optimize", "parts"),
     *("train", "preparation", "doctor", "config", "catalogue", "mistakes", "progress", "lab_models", "run"),
-    *("results", "analyze", "sweep", "__main__", "cli"),
+    *("results", "analyze", "sweep", "app", "cli", "__main__"),
 ]
 BARE = ("types", "divergence", "methods", "chunk", "signals", "models", "rollout", "teacher", "step", "train")
 HARD_LIMIT, MEDIAN_LIMIT = 400, 150  # lines
