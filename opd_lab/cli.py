@@ -2,6 +2,7 @@
 
 opd-lab run [key=value ...]            one run
 opd-lab sweep NAME [key=value ...]     the runs of sweeps/NAME.yaml, then their table and report
+opd-lab confirm NAME [key=value ...]   what a search found, beside its defaults, on other seeds
 opd-lab sweeps | stop NAME             how sweeps stand; end one cleanly, to be resumed
 opd-lab evaluate RUN [...]             a run's student on held-out problems
 opd-lab analyze QUESTION RUN [...]     one question about a finished run; --help lists them
@@ -29,9 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, about in (("run", "one run"), ("doctor", "check everything before any budget is spent")):
         commands.add_parser(name, help=about, add_help=False)  # everything else is Hydra's, --help included
     sweep = commands.add_parser("sweep", help="the runs of sweeps/NAME.yaml, then their table and report")
-    sweep.add_argument("name", help="a file of sweeps/, without .yaml")
-    sweep.add_argument("--dry-run", action="store_true", help="say what would be run, and what it may cost")
-    sweep.add_argument("--extend", action="store_true", help="allow more trials or values than it began with")
+    confirm = commands.add_parser("confirm", help="a sweep's best trials beside its defaults, on other seeds")
+    for one in (sweep, confirm):
+        one.add_argument("name", help="a file of sweeps/, without .yaml")
+        one.add_argument("--dry-run", action="store_true", help="say what would be run, and what it may cost")
+        one.add_argument("--extend", action="store_true", help="allow more trials or values than it began with")
+    confirm.add_argument("--top", type=int, default=1, help="how many of the best trials")
     sweeps = commands.add_parser("sweeps", help="the sweeps of a folder: state, done, best")
     sweeps.add_argument("folder", type=Path, nargs="?", default=Path("opd_runs"))
     stop = commands.add_parser("stop", help="end a running sweep cleanly, to be resumed")
@@ -59,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = commands.add_parser("make-lab-models", help="the recipe of the embedded lab's models")
     recipe.add_argument("folder", type=Path, nargs="?", default=Path("lab_models"))
     given, rest = parser.parse_known_args(arguments)
-    if rest and given.command not in ("run", "doctor", "sweep"):
+    if rest and given.command not in ("run", "doctor", "sweep", "confirm"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     given.overrides = rest
     try:
@@ -92,6 +96,11 @@ def _sweep(given: argparse.Namespace) -> int:
         raise ValueError(f"there is no sweep {given.name}; sweeps/ has {', '.join(found)}")
     asked = ["sweep.dry_run=true"] * given.dry_run + ["sweep.extend=true"] * given.extend
     return _hydra("run", ["--multirun", f"sweeps={given.name}", *asked, *given.overrides])
+
+
+def _confirm(given: argparse.Namespace) -> int:
+    given.overrides = [f"sweep.confirm.top={given.top}", *given.overrides]
+    return _sweep(given)
 
 
 def _sweeps(given: argparse.Namespace) -> int:
@@ -155,6 +164,7 @@ def _make_lab_models(given: argparse.Namespace) -> int:
 _COMMANDS = {
     "run": _run,
     "sweep": _sweep,
+    "confirm": _confirm,
     "sweeps": _sweeps,
     "stop": _stop,
     "doctor": _doctor,

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -17,6 +17,9 @@ from opd_lab.rollout.torch_engine import TorchEngine
 from opd_lab.run import load_parts
 from opd_lab.settings import RunSettings
 from opd_lab.types import Behavior
+
+if TYPE_CHECKING:
+    from opd_lab.compare.table import Comparison
 
 
 def show(folder: Path, baseline: str | None = None) -> None:
@@ -75,7 +78,7 @@ def _log_again(run: Path, uri: str) -> None:
         replay.sync(run, MLflow(uri, run.parents[1], megabytes, picture_every))
 
 
-def show_runs(runs: Sequence[Path], folder: Path, baseline: str | None = None) -> None:
+def show_runs(runs: Sequence[Path], folder: Path, baseline: str | None = None) -> Comparison:
     """Print the table of some runs, write their report into `folder`, and say how to look further."""
     from dashboards.report import write_report
     from opd_lab.compare.printed import render
@@ -84,7 +87,8 @@ def show_runs(runs: Sequence[Path], folder: Path, baseline: str | None = None) -
     console = Console()
     if not console.is_terminal:
         console.width = 120
-    render(table(runs, baseline), console)
+    found = table(runs, baseline)
+    render(found, console)
     path = write_report(folder, runs, baseline)
     console.print(f"\nreport   {path}", soft_wrap=True, highlight=False)
     store = next((p / "mlflow.db" for p in folder.parents if (p / "mlflow.db").is_file()), None)
@@ -95,6 +99,7 @@ def show_runs(runs: Sequence[Path], folder: Path, baseline: str | None = None) -
             soft_wrap=True,
             highlight=False,
         )
+    return found
 
 
 def settings_in(folder: Path) -> RunSettings:

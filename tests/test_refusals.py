@@ -68,6 +68,12 @@ def test_mistyped_commands(tmp_path):
     assert "did you mean skip_percentile?" in done.stderr
     done = command("sweep", "nothing", cwd=tmp_path)
     assert (done.returncode, "sweeps/ has" in done.stderr) == (2, True)
+    done = command("sweep", "nothing", cwd=tmp_path, module="opd_lab")
+    assert (done.returncode, "sweeps/ has" in done.stderr) == (2, True)
+    done = command("swep", "smoke", cwd=tmp_path, module="opd_lab")
+    assert (done.returncode, "invalid choice: 'swep'" in done.stderr) == (2, True)
+    done = command("confirm", "nothing", cwd=tmp_path)
+    assert (done.returncode, "sweeps/ has" in done.stderr) == (2, True)
     assert not (tmp_path / "opd_runs").exists()
 
 

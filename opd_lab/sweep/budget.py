@@ -18,7 +18,7 @@ def lines(question: Question, slots: int, storage: str, card: Mapping[str, Any])
     points = question.space.points() if s.sampler in (None, "grid") else None
     target = s.trials or len(points or ())
     seeds = len(s.seeds or [0])
-    if not any(p.key in COUNTS for p in question.space.parameters):
+    if not set(COUNTS) & set(question.space.keys):
         costs = [_cost(question.samples[0][1])] * target
     elif points is not None:
         costs = [_cost(question.runs(point)[0][1]) for point in points[:target]]
@@ -29,7 +29,7 @@ def lines(question: Question, slots: int, storage: str, card: Mapping[str, Any])
     said = {
         "question": s.question,
         "cost": s.cost,
-        "space": "\n".join(f"{p.key} = {p.text}" for p in question.space.parameters),
+        "space": "\n".join(f"{key} = {text}" for key, text in question.space.texts.items()),
         "objective": ", ".join(f"{way} {name}" for name, way in question.objective.items()),
         "sampler": f"{s.sampler or 'grid'}, pruner {s.pruner or 'none'}, seed {s.seed}",
         "trials": f"{target}, {card.get('done', 0)} of them done" + (f"; {seeds} runs each" if seeds > 1 else ""),

@@ -13,14 +13,16 @@ import optuna
 from optuna import visualization
 from optuna.trial import FrozenTrial, TrialState
 
-from opd_lab.sweep.live import describe, duration, tally
+from opd_lab.sweep.live import duration, tally
 from opd_lab.sweep.question import Question
 from opd_lab.sweep.samplers import RETRY_OF
+from opd_lab.sweep.space import describe
 from opd_lab.sweep.study import Study
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+NOTE = "sweep.md"
 SHOWN = 12  # trials in the note and on the terminal
 
 
@@ -101,8 +103,8 @@ def lines(study: Study, objective: Mapping[str, str]) -> list[str]:
     return said
 
 
-def note(question: Question, study: Study) -> str:
-    """What the sweep asked and found, in Markdown."""
+def note(question: Question, study: Study, told: Sequence[str] = ()) -> str:
+    """What the sweep asked and found, and what can be told from it, in Markdown."""
     s = question.settings
     words = [f"# {question.name}", s.question or "", f"Cost: {s.cost}" if s.cost else "", f"**{tally(study)}**"]
     keys = [p.key for p in study.space.parameters]
@@ -114,6 +116,7 @@ def note(question: Question, study: Study) -> str:
     ]
     grid = [head, ["---"] * len(head), *rows]
     words.append("\n".join("| " + " | ".join(row) + " |" for row in grid))
+    words += told
     if s.pruner:
         words.append(f"{saved(study.trials())}.")
     failed = [t for t in study.trials() if t.state == TrialState.FAIL]
@@ -162,11 +165,11 @@ def figures(study: optuna.Study, objective: Sequence[str]) -> list[tuple[str, An
     return out
 
 
-def write(question: Question, study: Study, folder: Path) -> list[Path]:
+def write(question: Question, study: Study, folder: Path, told: Sequence[str] = ()) -> list[Path]:
     """The table as parquet and CSV, the note and the page."""
     frame = table(study, list(question.objective))
     frame.to_parquet(folder / "trials.parquet")
     frame.to_csv(folder / "trials.csv", index=False)
-    (folder / "sweep.md").write_text(note(question, study))
+    (folder / NOTE).write_text(note(question, study, told))
     (folder / "sweep.html").write_text(page(question, study))
-    return [folder / name for name in ("trials.parquet", "trials.csv", "sweep.md", "sweep.html")]
+    return [folder / name for name in ("trials.parquet", "trials.csv", NOTE, "sweep.html")]

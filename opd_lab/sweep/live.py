@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from opd_lab.sweep.space import describe
 from opd_lab.sweep.study import Study
 from opd_lab.sweep.trials import Running, counts
 
@@ -110,12 +110,6 @@ def tally(study: Study) -> str:
     if best is not None and best.value is not None:
         parts[-1] += f"; best {best.value:.4f} (trial {best.number}: {describe(best.params)})"
     return ", ".join(parts)
-
-
-def describe(params: Mapping[str, Any]) -> str:
-    """`method=opd optim.lr=0.000312`"""
-    short = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in params.items()}
-    return " ".join(f"{key}={value}" for key, value in short.items())
 
 
 def duration(seconds: float) -> str:

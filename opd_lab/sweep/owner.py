@@ -69,8 +69,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def stop(tracking_folder: Path, name: str) -> str:
-    """Ask a running sweep, on whatever machine, to stop.
+def begun(tracking_folder: Path, name: str) -> Path:
+    """The folder of a sweep that was begun.
 
     Raises:
         ValueError: there is none of this name.
@@ -79,10 +79,20 @@ def stop(tracking_folder: Path, name: str) -> str:
     if not (folder / CARD).exists():
         names = ", ".join(path.parent.name for path in _cards(tracking_folder))
         raise ValueError(f"there is no sweep {name} in {folder.parent}; it has {names or 'none'}")
+    return folder
+
+
+def stop(tracking_folder: Path, name: str) -> str:
+    """Ask a running sweep, on whatever machine, to stop.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    folder = begun(tracking_folder, name)
     if not running(folder):
         return f"{name} is not running"
     (folder / STOP).touch()
-    return f"{name} is asked to stop; `opd-lab sweep {name}` goes on with it"
+    return f"{name} is asked to stop; the command that began it goes on with it"
 
 
 def table(tracking_folder: Path) -> Table:

@@ -7,7 +7,7 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -20,9 +20,10 @@ from opd_lab import config
 from opd_lab.compare.guard import comparable, direction
 from opd_lab.mistakes import explain
 from opd_lab.settings import RunSettings
+from opd_lab.sweep import points
 from opd_lab.sweep.contract import Order
 from opd_lab.sweep.settings import SweepSettings, check
-from opd_lab.sweep.space import Condition, Params, Space, parameter, parse, written
+from opd_lab.sweep.space import Condition, Params, Space, describe, parameter, parse, written
 
 _SWEEPS = ("sweep", "sweeps", "launcher", "hydra")  # what an override says of the sweep itself
 Compose = Callable[[Sequence[str]], DictConfig]  # overrides -> the whole config, Hydra's part included
@@ -83,23 +84,30 @@ class Question:
             if not any(one.key in point for point in points):
                 methods = self.space.parameters[0].text if self.space.parameters[0].key == "method" else "the method"
                 raise ValueError(f"sweep.space.{one.key} is a key of no run: {methods} has none of this name")
-        return [self.runs(point)[0] for point in points]
+        found = [self.runs(point)[0] for point in points]
+        folders = [order.folder for order, _ in found]
+        for place, folder in enumerate(folders):
+            if folder in folders[:place]:
+                one, other = points[folders.index(folder)], points[place]
+                raise ValueError(f"points of a sweep must be different runs, got {describe(one)} and {describe(other)}")
+        return found
 
     @property
     def identity(self) -> dict[str, Any]:
         """What may not change when the sweep goes on."""
         s = self.settings
-        mine = {p.key for p in self.space.parameters}
         configs: dict[str, Any] = {}
-        for order, _ in self.samples:
+        for params, (order, _) in zip(self.space.samples(), self.samples):
             values = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(order.config)))
             method = values.pop("method")
             for group in ("tracking", "checkpoint", "objective", "threads", "seed" if s.seeds else ""):
                 values.pop(group, None)
-            configs |= config.flat(values) | config.flat(method, f"method={order.method}")
+            mine = self.space.decides(params)
+            all_ = config.flat(values) | config.flat(method, f"method={order.method}")
+            configs |= {k: v for k, v in all_.items() if k not in mine and _method_key(k) not in mine}
         return {
-            "space": {p.key: p.text for p in self.space.parameters},
-            "config": {k: v for k, v in configs.items() if k not in mine and _method_key(k) not in mine},
+            "space": self.space.texts,
+            "config": configs,
             "seeds": s.seeds,
             "objective": self.objective,
             "sampler": s.sampler or "grid",
@@ -127,32 +135,43 @@ def ask(cfg: DictConfig, arguments: Sequence[str], compose: Compose, loader: Any
     said = {o.get_key_element().lstrip("+~"): str(o.input_line) for o in ours if not o.is_sweep_override()}
     taken = said.keys() | {p.key for p in swept}
     fixed = {key: value for key, value in _flat(settings.fixed).items() if key not in taken}
-    space = parse({key: value for key, value in settings.space.items() if key not in taken}, loader)
-    parameters = sorted([*space, *swept], key=lambda p: p.key != "method")
-    for key in [p.key for p in parameters]:
+    drawn = parse({key: value for key, value in settings.space.items() if key not in taken}, loader)
+    space = Space(sorted([*drawn, *swept], key=lambda p: p.key != "method"))
+    if settings.points is not None:
+        if swept:
+            raise ValueError(f"{swept[0].key} must be one value with sweep.points, got several; name a point for each")
+        space = points.parse(settings.points)
+    for key in space.keys:
         if key in fixed:
-            raise ValueError(f"{key} is both in sweep.space and in sweep.fixed; leave it in one of them")
+            group = "space" if settings.points is None else "points"
+            raise ValueError(f"{key} is both in sweep.{group} and in sweep.fixed; leave it in one of them")
+        if settings.points is not None and key in said:
+            raise ValueError(f"{key} is both in sweep.points and on the command line; leave it in one of them")
         if key == "seed" and settings.seeds:
             raise ValueError("seed cannot be in the space of a sweep with sweep.seeds; set sweep.seeds=null")
     if settings.seeds and "seed" in said:
         raise ValueError(f"{said['seed']} has no effect with sweep.seeds={settings.seeds}; set sweep.seeds=null")
     overrides = [f"{key}={written(value)}" for key, value in fixed.items()] + list(said.values())
-    digest = _digest([p.override("") + p.text for p in parameters], overrides)
+    digest = _digest([p.override("") + p.text for p in space.parameters], overrides)
     elsewhere = [str(o.value()) for o in ours if o.get_key_element() == "tracking.experiment"]
     name = settings.name or "-".join([file, *elsewhere] if file else ["multirun", digest])
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise ValueError(f"sweep.name must be letters, digits, '_', '-' and '.', got {name}")
+    for key, one in (("name", name), ("confirm.name", settings.confirm.name)):
+        if one is not None and not re.fullmatch(r"[\w.-]+", one):
+            raise ValueError(f"sweep.{key} must be letters, digits, '_', '-' and '.', got {one}")
     if file and "tracking.experiment" not in fixed.keys() | said.keys():
         overrides.append(f"tracking.experiment={written(name)}")
-    first = [p.override(p.finite[0]) for p in parameters[:1] if p.key == "method" and p.finite]
+    first = [p.override(p.finite[0]) for p in space.parameters[:1] if p.key == "method" and p.finite]
+    if settings.points is not None:
+        first = space.overrides(next(space.samples()))
     base = composed(compose, [*overrides, *first])
     overrides.append(f"tracking.folder={written(str(Path(base.tracking.folder).absolute()))}")
     objective = settings.objective or {base.objective: direction(base.objective)}
     for metric in objective:
-        comparable(metric, [p.key for p in parameters])
-    _prunable(settings, objective, base, [p.key for p in parameters])
-    condition = _condition(settings.condition, base, overrides, compose)
-    return Question(name, settings, Space(parameters, condition), overrides, objective, compose, threads)
+        comparable(metric, space.keys)
+    _prunable(settings, objective, base, space.keys)
+    if settings.points is None:
+        space = replace(space, condition=_condition(settings.condition, base, overrides, compose))
+    return Question(name, settings, space, overrides, objective, compose, threads)
 
 
 def composed(compose: Compose, overrides: Sequence[str]) -> DictConfig:

@@ -6,9 +6,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from opd_lab.settings import RunSettings
-from opd_lab.sweep import budget, found, owner
+from opd_lab.sweep import budget, found, owner, verdict
 from opd_lab.sweep.contract import Launcher
 from opd_lab.sweep.live import view
+from opd_lab.sweep.points import Points
 from opd_lab.sweep.question import Question
 from opd_lab.sweep.study import Study, masked, not_mlflow, open_study
 from opd_lab.sweep.trials import TRAIN, NoTree, Plan, Tree, Trials
@@ -46,8 +47,8 @@ def run(question: Question, launcher: Launcher, task: str = TRAIN) -> int:
         with view(study, next(iter(question.objective))) as shown:
             trials = Trials(plan, study, launcher, tree, shown)
             trials.run()
-        code = _close(question, trials, home / settings.tracking.experiment)
-        tree.finish(found.write(question, study, folder), {0: "FINISHED", 1: "FAILED"}.get(code, "KILLED"))
+        code, told = _close(question, trials, home / settings.tracking.experiment)
+        tree.finish(found.write(question, study, folder, told), {0: "FINISHED", 1: "FAILED"}.get(code, "KILLED"))
         print(f"sweep    {folder / 'sweep.html'}\nstudy    optuna-dashboard {masked(_uri(question, folder))}")
     return code
 
@@ -72,23 +73,34 @@ def _study(question: Question, settings: RunSettings, folder: Path) -> Study:
     )
 
 
-def _close(question: Question, trials: Trials, experiment: Path) -> int:
-    """The table and the report of the runs that finished, and the trials in order where they were searched for."""
+def _close(question: Question, trials: Trials, experiment: Path) -> tuple[int, list[str]]:
+    """The table and the report of the runs that finished, the trials in order where they were searched for, and of
+    points what can be told. Returns the exit code, and the latter."""
     from opd_lab.results import show_runs
 
     study, s = trials.study, question.settings
     done = found.ranked(study)
     searched = s.sampler not in (None, "grid")
+    told: list[str] = []
     if done:
         shown = done[: found.SHOWN] if searched else done
-        show_runs(list(dict.fromkeys(Path(run) for t in shown for run in t.user_attrs["runs"])), experiment)
+        runs = list(dict.fromkeys(Path(run) for t in shown for run in t.user_attrs["runs"]))
+        if isinstance(question.space, Points):
+            rows = verdict.rows(done, runs)
+            told = verdict.lines(question.space, show_runs(runs, experiment, rows.get(question.space.first)), rows)
+        else:
+            show_runs(runs, experiment)
     if done and (searched or len(question.objective) > 1 or s.seeds):
         print("\n" + "\n".join(found.lines(study, question.objective)))
+    if told:
+        print("\n" + "\n".join(told))
+    if done and searched:
+        print("\nwhat a search finds is a candidate: `opd-lab confirm` holds it against the defaults on other seeds")
     if s.pruner:
         print(found.saved(study.trials()))
     if trials.stopped:
         print(f"{question.name}: {trials.stopped}")
-        return 130 if trials.interrupted else 1
+        return 130 if trials.interrupted else 1, told
     if not done:
         print(f"{question.name}: every trial failed; their logs are in {trials.plan.folder}")
-    return 0 if done else 1
+    return 0 if done else 1, told

@@ -16,11 +16,19 @@ class PruningSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConfirmSettings:
+    top: int | None
+    seeds: int
+    name: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SweepSettings:
     name: str | None
     question: str | None
     cost: str | None
     space: dict[str, Any]
+    points: dict[str, Any] | None
     fixed: dict[str, Any]
     seeds: list[int] | None
     objective: dict[str, Any] | None
@@ -39,6 +47,7 @@ class SweepSettings:
     fail_fast: bool
     extend: bool
     dry_run: bool
+    confirm: ConfirmSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +58,7 @@ class LocalSettings:
     trials_per_gpu: int
     threads: int
     memory_limit_gib: float | None
+    start_seconds: float
     poll_seconds: float
     grace_seconds: float
 
@@ -58,7 +68,6 @@ class RaySettings:
     kind: str
     address: str | None
     slots: int | str  # a number, or auto
-    start_seconds: float
     cpus: int
     gpus: float
     memory_gib: float | None
@@ -120,9 +129,13 @@ def check(s: SweepSettings) -> None:
         ("pruning.warmup_steps", s.pruning.warmup_steps, 0),
         ("pruning.reduction_factor", s.pruning.reduction_factor, 2),
         ("pruning.patience", s.pruning.patience, 1),
+        ("confirm.top", s.confirm.top, 1),
+        ("confirm.seeds", s.confirm.seeds, 1),
     ):
         if value is not None and value < low:
             raise ValueError(f"sweep.{name} must be >= {low}, got {value}")
+    if s.points is not None:
+        _check_points(s)
     if s.seeds is not None and (not s.seeds or len(set(s.seeds)) < len(s.seeds)):
         raise ValueError(f"sweep.seeds must be null or a list of different seeds, got {s.seeds}")
     if s.pruner and s.objective and len(s.objective) > 1:
@@ -130,3 +143,19 @@ def check(s: SweepSettings) -> None:
             f"sweep.pruner must be null for several objectives, got {s.pruner} with {', '.join(s.objective)}: "
             "which of two trials is better in the middle is not defined; choose one objective"
         )
+
+
+def _check_points(s: SweepSettings) -> None:
+    points = s.points or {}
+    sets = [values for values in points.values() if isinstance(values, dict)]
+    if not points or len(sets) < len(points):
+        raise ValueError(f"sweep.points must be {{name: {{key: value, ...}}, ...}}, at least one, got {s.points}")
+    if s.space:
+        raise ValueError(
+            f"sweep.points and sweep.space exclude one another, got {', '.join(map(str, points))} "
+            f"and {', '.join(s.space)}; a point is a set of single values"
+        )
+    if s.sampler not in (None, "grid"):
+        raise ValueError(f"sweep.sampler must be null with sweep.points, which are all run, got {s.sampler}")
+    if s.confirm.top:
+        raise ValueError("sweep.confirm.top must be null with sweep.points, where nothing was searched for")

@@ -68,6 +68,20 @@ class Space:
         return chosen
 
     @property
+    def keys(self) -> list[str]:
+        """What differs between trials."""
+        return [p.key for p in self.parameters]
+
+    def decides(self, params: Params) -> list[str]:
+        """The keys whose values in a trial with these params are the space's, not the config's."""
+        return self.keys
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """It all, for people, and to tell one space from another."""
+        return {p.key: p.text for p in self.parameters}
+
+    @property
     def finite(self) -> bool:
         return all(p.finite is not None for p in self.parameters)
 
@@ -177,6 +191,12 @@ def parameter(override: Override) -> Parameter:
     else:
         raise ValueError(f"{key} must be choice, range or interval, got {override.input_line}")
     return Parameter(key, prefix, distribution, words, finite, text)
+
+
+def describe(params: Params) -> str:
+    """`method=opd optim.lr=0.000312`"""
+    short = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in params.items()}
+    return " ".join(f"{key}={value}" for key, value in short.items())
 
 
 def written(value: Any) -> str:

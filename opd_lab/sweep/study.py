@@ -145,7 +145,8 @@ def open_study(
         study.set_metric_names(list(objective))
         study.set_user_attr(IDENTITY, identity)
     elif before != identity:
-        refuse_changes(name, before, identity, extend=settings.extend)
+        rename = "sweep.confirm.name" if settings.confirm.top else "tracking.experiment"
+        refuse_changes(name, before, identity, extend=settings.extend, rename=rename)
         if _choices_changed(study, space):
             storage = _with_more_choices(study, uri, space)
             study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
@@ -153,29 +154,53 @@ def open_study(
     return Study(study, space, target, settings.retries)
 
 
-def refuse_changes(name: str, before: Mapping[str, Any], now: Mapping[str, Any], *, extend: bool) -> None:
-    """Whether a study may go on.
+def reopen(name: str, uri: str) -> optuna.Study:
+    """A study that was begun, to be read.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    try:
+        return optuna.load_study(study_name=name, storage=_storage(uri))
+    except KeyError:
+        raise ValueError(f"there is no study {name} in {masked(uri)}; sweep.storage says where else it is") from None
+
+
+def refuse_changes(
+    name: str, before: Mapping[str, Any], now: Mapping[str, Any], *, extend: bool, rename: str = "tracking.experiment"
+) -> None:
+    """Whether a study may go on. `rename`: the key that gives it another name.
 
     Raises:
         ValueError: names every difference.
     """
-    changes, allowed = [], True
-    for group in ("space", "config"):
-        old, new = before[group], now[group]
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                changes.append(f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}")
-                allowed &= group == "space" and _more_values(old.get(key), new.get(key))
-    for key in sorted((before.keys() | now.keys()) - {"space", "config"}):
-        if before.get(key) != now.get(key):
-            changes.append(f"sweep.{key}: {before.get(key)} -> {now.get(key)}")
-            allowed &= key == "trials" and now[key] > before[key]
-    if changes and not (allowed and extend):
+    differ = changes(before, now)
+    allowed = all(differ.values())
+    if differ and not (allowed and extend):
         remedy = (
             "add --extend to allow it (sweep.extend=true)" if allowed
-            else "take the change back, or give this sweep a name of its own: tracking.experiment=NAME"
+            else f"take the change back, or give this sweep a name of its own: {rename}=NAME"
         )  # fmt: skip
-        raise ValueError(f"the sweep {name} was begun differently: {'; '.join(changes)}; {remedy}")
+        raise ValueError(f"the sweep {name} was begun differently: {'; '.join(differ)}; {remedy}")
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, bool]:
+    """What differs between two identities, and whether a study may be extended by it."""
+    found: dict[str, bool] = {}
+    for group in ("space", "config"):
+        old, new = before[group], now[group]
+        methods = {key.partition(".")[0] for key in old}
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                more = _more_values(old.get(key), new.get(key)) if group == "space" else False
+                if key.startswith(("points.", "method=")):  # a point or a method that it did not have
+                    more = key not in old and (group == "space" or key.partition(".")[0] not in methods)
+                found[f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"] = more
+    for key in sorted((before.keys() | now.keys()) - {"space", "config"}):
+        if before.get(key) != now.get(key):
+            more = key == "trials" and now[key] > before[key]
+            found[f"sweep.{key}: {before.get(key)} -> {now.get(key)}"] = more
+    return found
 
 
 def _more_values(old: str | None, new: str | None) -> bool:

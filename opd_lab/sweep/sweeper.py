@@ -40,11 +40,13 @@ class OptunaSweeper(Sweeper):
             raise ValueError(f"-m sweeps over runs, not over {name}: leave it out")
         loader = self.hydra_context.config_loader
         launcher = make_launcher(self.config)  # first: its processes get warm while this one goes on
-        from opd_lab.sweep import question, run
+        from opd_lab.sweep import confirm, question, run
 
         asked = question.ask(
             self.config, arguments, question.loader_compose(loader, self.config), loader, launcher.threads
         )
+        if asked.settings.confirm.top:
+            asked = confirm.of(asked)
         code = run.run(asked, launcher)
         if code:
             raise SystemExit(code)

@@ -19,7 +19,8 @@ import optuna
 
 from opd_lab.settings import TrackingSettings
 from opd_lab.sweep.contract import Order
-from opd_lab.sweep.found import note, table
+from opd_lab.sweep.found import NOTE, table
+from opd_lab.sweep.points import KEY
 from opd_lab.sweep.question import Question
 from opd_lab.sweep.space import Params
 from opd_lab.sweep.study import Study
@@ -87,7 +88,8 @@ class MLflowTree:
             tags["sweep.retry_of"] = retried
         parent = self.run_id
         if self._question.settings.seeds:
-            run = self._run(trial.user_attrs.get(RUN)) or self._make(f"trial {trial.number}", self.run_id)
+            name = ", ".join([f"trial {trial.number}", *([params[KEY]] if KEY in params else [])])
+            run = self._run(trial.user_attrs.get(RUN)) or self._make(name, self.run_id)
             parent = run.info.run_id
             trial.set_user_attr(RUN, parent)
             self._client.update_run(parent, status="RUNNING")
@@ -136,7 +138,7 @@ class MLflowTree:
         content = {"columns": rows["columns"], "data": rows["data"]}
         self._client.log_text(self.run_id, json.dumps(content), "trials.json")
         shown = json.dumps([{"path": "trials.json", "type": "table"}])
-        text = note(self._question, self._study)
+        text = "".join(path.read_text() for path in files if path.name == NOTE)
         self._say(self.run_id, {"mlflow.note.content": text, "mlflow.loggedArtifacts": shown})
         self._client.set_terminated(self.run_id, status)
 

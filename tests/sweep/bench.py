@@ -15,6 +15,8 @@ from opd_lab import config
 from opd_lab.sweep.contract import Order
 from opd_lab.sweep.live import Lines
 from opd_lab.sweep.local import LocalLauncher
+from opd_lab.sweep.points import KEY, Points
+from opd_lab.sweep.points import parse as parse_points
 from opd_lab.sweep.settings import LocalSettings, SweepSettings
 from opd_lab.sweep.space import Condition, Space, parse
 from opd_lab.sweep.study import Study, open_study
@@ -36,7 +38,7 @@ def launcher(**changes: Any) -> LocalLauncher:
 
 
 def identity(space: Space, settings: SweepSettings) -> dict[str, Any]:
-    return {"space": {p.key: p.text for p in space.parameters}, "config": {}, "sampler": settings.sampler}
+    return {"space": space.texts, "config": {}, "sampler": settings.sampler}
 
 
 def opened(
@@ -49,7 +51,7 @@ def opened(
     condition: Condition = lambda key, chosen: True,
     uri: str | None = None,
 ) -> Study:
-    space = Space(parse(settings.space), condition)
+    space = parse_points(settings.points) if settings.points else Space(parse(settings.space), condition)
     return open_study(
         "bench",
         uri or str(folder / "bench.journal"),
@@ -62,10 +64,14 @@ def opened(
     )
 
 
-def orders(folder: Path, steps: int = 4, seeds: Sequence[int] = (0,), **fixed: Any) -> Callable[..., list[Order]]:
-    """Runs that do what the params say."""
+def orders(
+    folder: Path, steps: int = 4, seeds: Sequence[int] = (0,), space: Space | None = None, **fixed: Any
+) -> Callable[..., list[Order]]:
+    """Runs that do what the params say, or what their point says."""
 
     def made(params: Mapping[str, Any]) -> list[Order]:
+        if isinstance(space, Points):
+            params = space.by_label[params[KEY]].values
         said = [json.dumps({"top": 0.5} | fixed | dict(params) | {"seed": seed}) for seed in seeds]
         return [Order("none", text, seed, steps, 1, str(folder / text)) for text, seed in zip(said, seeds)]
 
@@ -87,7 +93,8 @@ class Bench:
         self.out = io.StringIO()
         view = Lines(self.study, Console(file=self.out, width=200))
         metrics = list(given.get("objective") or [METRIC])
-        plan = Plan(folder / "bench", metrics, settings, orders(folder, steps, seeds, **rest), 0.005, "tasks:curve")
+        made = orders(folder, steps, seeds, self.study.space, **rest)
+        plan = Plan(folder / "bench", metrics, settings, made, 0.005, "tasks:curve")
         self.trials = Trials(plan, self.study, launched or launcher(**launch), NoTree(), view)
 
     def run(self) -> Bench:
