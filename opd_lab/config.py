@@ -164,6 +164,8 @@ def check(s: RunSettings) -> None:
         ("diagnostics.estimator_topk", s.diagnostics.estimator_topk, 1),
         ("diagnostics.alarms.first_steps", s.diagnostics.alarms.first_steps, 1),
         ("diagnostics.alarms.patience", s.diagnostics.alarms.patience, 1),
+        ("diagnostics.alarms.drop_fraction", s.diagnostics.alarms.drop_fraction, 0),
+        ("diagnostics.alarms.drop_errors", s.diagnostics.alarms.drop_errors, 0),
     ):
         if value < low:
             raise ValueError(f"{name} must be >= {low}, got {value}")
@@ -203,11 +205,22 @@ def check(s: RunSettings) -> None:
 
 
 def digest(settings: RunSettings) -> str:
-    """Eight hex digits of everything that decides a run's result: a changed config is another run."""
-    values = dataclasses.asdict(settings)
+    """Eight hex digits of everything that decides a run's result: a changed config is another run. What came later
+    than some runs, and therefore has a default, counts where it is another value."""
+    values = _without_defaults(settings, dataclasses.asdict(settings))
     for group in ("tracking", "checkpoint", "objective", "threads"):
         values.pop(group)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _without_defaults(settings: Any, values: dict[str, Any]) -> dict[str, Any]:
+    for f in dataclasses.fields(settings):
+        mine = getattr(settings, f.name)
+        if f.default is not dataclasses.MISSING and mine == f.default:
+            del values[f.name]
+        elif dataclasses.is_dataclass(mine):
+            _without_defaults(mine, values[f.name])
+    return values
 
 
 def run_name(settings: RunSettings, method_name: str) -> str:

@@ -113,6 +113,9 @@ class AlarmSettings:
     zero_weight_fraction: float  # tokens without weight
     trap_fraction: float  # accuracy lost since the best evaluation, the held-out KL not having risen
     below_start_fraction: float  # accuracy lost against the initial student
+    # With defaults, for there are runs from before these: a config without them is whole, and keeps its digest.
+    drop_fraction: float = 0.05  # accuracy lost since the best evaluation,
+    drop_errors: float = 4.0  # and this many standard errors of that loss, paired by problem
 
 
 @dataclass(frozen=True, kw_only=True)

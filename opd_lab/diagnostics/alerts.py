@@ -10,11 +10,16 @@
     zero_weight           tokens have no weight: the step teaches nothing
     agreement_trap        accuracy has fallen from its best, while the held-out KL has not risen: the teacher agrees
     below_start           an evaluation below the initial student's
+    accuracy_drop         validation accuracy is below its best so far, by more than chance does over so many problems
 
 "At first" is the mean over the first steps, or the evaluation before the first step. What is looked at in every step
 begins after so many steps in a row (`patience`) and ends after as many without; what evaluations say begins and ends at
 once. An alarm is raised where it begins. Rollouts that a stop rule cut are as long as the method wants: there only the
 evaluations judge the length.
+
+A drop is the mean over the validation problems of what each has lost since the best evaluation, which met the same
+problems and uniforms; chance is the standard error of that mean. The best of many evaluations owes something to luck,
+so it takes four of them: of students that have ceased to learn, few raise the alarm in 20 evaluations.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from opd_lab.settings import AlarmSettings
@@ -69,13 +75,14 @@ class Alarms:
         self._first: dict[str, list[float]] = {}  # of a metric: sum and number of the first values
         self._start: dict[str, float] = {}  # the evaluation before the first step
         self._best: list[float] = []  # accuracy of the best evaluation, and its KL
+        self._peak: dict[str, float] = {}  # the best evaluation: validation problem -> share of correct rollouts
         self._on: dict[str, bool] = {}
         self._streak: dict[str, int] = {}  # reports in a row that speak against what `_on` says
 
     def check(self, report: Report) -> list[Alarm]:
         """The alarms that begin with this report."""
         begun = []
-        for reading in self._readings(report.scalars):
+        for reading in self._readings(report):
             turning = reading.wrong != self._on.get(reading.alarm, False)
             streak = self._streak.get(reading.alarm, 0) + 1 if turning else 0
             turned = streak >= (1 if reading.evaluated else self._settings.patience)
@@ -88,9 +95,11 @@ class Alarms:
                     begun.append(Alarm(report.step, name, reading.value, reading.threshold, said))
         return begun
 
-    def _readings(self, seen: Mapping[str, float]) -> Iterator[_Reading]:
-        yield from self._of_the_step(seen)
-        yield from self._of_the_evaluation(seen)
+    def _readings(self, report: Report) -> Iterator[_Reading]:
+        yield from self._of_the_step(report.scalars)
+        yield from self._of_the_evaluation(report.scalars)
+        validation = [row for row in report.tables.get("evaluations", []) if row["set"] == "validation"]
+        yield from self._of_the_problems({row["problem"]: row["correct"] / row["n"] for row in validation})
 
     def _of_the_step(self, seen: Mapping[str, float]) -> Iterator[_Reading]:
         s = self._settings
@@ -138,6 +147,18 @@ class Alarms:
         if not self._best or now > best:
             self._best = [now, kl]
 
+    def _of_the_problems(self, now: Mapping[str, float]) -> Iterator[_Reading]:
+        lost = [best - now[problem] for problem, best in self._peak.items() if problem in now]
+        if len(lost) > 1:
+            error = stdev(lost) / math.sqrt(len(lost))
+            best = fmean(self._peak[problem] for problem in self._peak if problem in now)
+            value, chance = best - fmean(lost), self._settings.drop_errors * error
+            limit = best - max(self._settings.drop_fraction, chance)
+            said = f"after {best:.4g} at its best, over {len(lost)} problems, standard error of the drop {error:.2g}"
+            yield _below("accuracy_drop", value, limit, f"{said}, validation accuracy", evaluated=True)
+        if now and (not self._peak or fmean(now.values()) > fmean(self._peak.values())):
+            self._peak = dict(now)
+
     def _against_first(self, seen: Mapping[str, float], metric: str) -> float | None:
         """The mean over the first steps, once they are over; until then this value is added to it."""
         if metric not in seen:
@@ -153,10 +174,11 @@ class Alarms:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in _STATE:
-            setattr(self, f"_{name}", state[name])
+            if name in state:  # the checkpoint of a run from before an alarm knows nothing of it: that one starts anew
+                setattr(self, f"_{name}", state[name])
 
 
-_STATE = ("first", "start", "best", "on", "streak")
+_STATE = ("first", "start", "best", "peak", "on", "streak")
 
 
 def _above(alarm: str, value: float, limit: float, said: str, *, evaluated: bool = False) -> _Reading:

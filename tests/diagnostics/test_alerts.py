@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from opd_lab import config
+from opd_lab.diagnostics import alerts
 from opd_lab.diagnostics.alerts import Alarm, AlarmError, Alarms
 from opd_lab.optimize import DivergedError
 from opd_lab.settings import AlarmSettings
 from opd_lab.tracking import read
 from opd_lab.types import Report
-from tests.lab_run import run
+from tests.lab_run import killed_after, run, settings
 
 SETTINGS = AlarmSettings(
     first_steps=2,
@@ -27,6 +32,8 @@ SETTINGS = AlarmSettings(
     zero_weight_fraction=1.0,
     trap_fraction=0.1,
     below_start_fraction=0.05,
+    drop_fraction=0.05,
+    drop_errors=3.0,
 )
 HEALTHY = {
     "optim/gradient_norm": 1.0,
@@ -138,6 +145,98 @@ def test_restored_from_a_checkpoint_it_goes_on_exactly() -> None:
         before = feed(first, *steps[:cut])
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert before + feed(second, *steps[cut:], begin=cut) == whole
+
+
+def evaluated(*correct: int, begin: int = 0) -> Report:
+    """Four rollouts of each validation problem, all wrong on a test problem."""
+    rows = [{"set": "validation", "problem": str(p), "n": 4, "correct": c} for p, c in enumerate(correct)]
+    return Report(begin, tables={"evaluations": [*rows, {"set": "test", "problem": "0", "n": 4, "correct": 0}]})
+
+
+def test_a_drop_that_recovers_is_an_alarm_where_it_is_more_than_chance() -> None:
+    watching = alarms()
+
+    def begun(*correct: int) -> list[str]:
+        return [str(alarm) for alarm in watching.check(evaluated(*correct, begin=30))]
+
+    assert begun(1, 1, 1, 1) == []
+    assert begun(4, 4, 3, 1) == []  # the best: 0.75
+    # Losses .5, .5, .25, 0: mean .3125, standard deviation .2394, three standard errors .359.
+    assert begun(2, 2, 2, 1) == []
+    # Losses .75, .75, .75, .25: mean .625, standard deviation .25, three standard errors .375.
+    (said,) = begun(1, 1, 0, 0)
+    assert said == (
+        "alarm accuracy_drop at step 30: after 0.75 at its best, over 4 problems, standard error of the drop 0.12, "
+        "validation accuracy 0.125, threshold 0.375"
+    )
+    assert begun(1, 1, 0, 0) == []  # on already
+    assert begun(4, 4, 2, 1) == []  # recovered
+    assert len(begun(1, 1, 0, 0)) == 1
+
+
+def test_a_drop_below_the_fraction_is_none_however_sure() -> None:
+    watching = alarms()
+    assert watching.check(evaluated(*[4] * 200)) == []
+    assert watching.check(evaluated(*[3] * 38, *[4] * 162)) == []  # .0475 of 200 problems, eight standard errors
+    assert [alarm.alarm for alarm in watching.check(evaluated(*[3] * 41, *[4] * 159))] == ["accuracy_drop"]  # .05125
+
+
+def test_chance_alone_rarely_drops_as_far() -> None:
+    """A student that has ceased to learn, 20 evaluations of 64 problems: less than one run in twenty raises it."""
+    draw, usual = random.Random(0), dataclasses.replace(SETTINGS, drop_errors=4.0)
+    strengths = [draw.random() for _ in range(64)]
+    raised = 0
+    for _ in range(300):
+        watching = Alarms(usual, "eval/validation/avg_at_4", clip_norm=0.5)
+        seen = [evaluated(*(sum(draw.random() < s for _ in range(4)) for s in strengths)) for _ in range(20)]
+        raised += any(watching.check(report) for report in seen)
+    assert raised / 300 < 0.05
+
+
+def test_a_checkpoint_from_before_an_alarm_resumes_without_its_memory() -> None:
+    old = alarms()
+    assert feed(old, AT_FIRST, HEALTHY, HEALTHY) == []
+    state = {name: value for name, value in old.state_dict().items() if name != "peak"}
+    young = alarms()
+    young.load_state_dict(json.loads(json.dumps(state)))
+    assert young.check(evaluated(1, 1, 0, 0)) == []  # it never saw a better one
+    assert {k: v for k, v in young.state_dict().items() if k != "peak"} == state
+    assert young.check(evaluated(4, 4, 3, 1)) == []
+    assert [alarm.alarm for alarm in young.check(evaluated(1, 1, 0, 0))] == ["accuracy_drop"]
+
+
+def test_a_drop_is_remembered_over_a_checkpoint() -> None:
+    steps = [evaluated(*correct) for correct in ((1, 1, 1, 1), (4, 4, 3, 1), (1, 1, 0, 0), (4, 4, 2, 1), (1, 1, 0, 0))]
+    for cut in range(len(steps)):
+        first, second = alarms(), alarms()
+        before = [alarm for report in steps[:cut] for alarm in first.check(report)]
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        after = [alarm for report in steps[cut:] for alarm in second.check(report)]
+        assert [alarm.alarm for alarm in before + after] == ["accuracy_drop"] * 2
+
+
+def test_a_run_from_before_an_alarm_keeps_its_name_and_goes_on_bit_by_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its config has no thresholds of the alarm, its checkpoint no memory of it."""
+    now = settings(tmp_path)
+    assert (now.diagnostics.alarms.drop_fraction, now.diagnostics.alarms.drop_errors) == (0.05, 4.0)  # conf's own
+    values = dataclasses.asdict(now)
+    for name in ("drop_fraction", "drop_errors"):
+        del values["diagnostics"]["alarms"][name]
+    old = config.settings_of(OmegaConf.create(values))
+    assert old == now
+    stricter = dataclasses.replace(now.diagnostics.alarms, drop_errors=2.0)
+    changed = dataclasses.replace(now, diagnostics=dataclasses.replace(now.diagnostics, alarms=stricter))
+    assert config.digest(old) == config.digest(now) != config.digest(changed)
+
+    whole = run(tmp_path / "whole").folder
+    with monkeypatch.context() as before, killed_after(2):
+        before.setattr(alerts, "_STATE", [name for name in alerts._STATE if name != "peak"])
+        run(tmp_path / "cut")
+    cut = run(tmp_path / "cut").folder
+    assert cut.name == whole.name
+    assert (cut / "metrics.parquet").read_bytes() == (whole / "metrics.parquet").read_bytes()
 
 
 LATER = ["steps=8", "evaluate.every=4", "checkpoint.every=0"]
