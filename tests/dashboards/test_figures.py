@@ -18,7 +18,18 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import create_trial
 
 from dashboards import style
-from dashboards.figures import accuracy, alarms, cost, divergence, estimators, papers, rollouts, sweep, tokens
+from dashboards.figures import (
+    accuracy,
+    alarms,
+    cost,
+    divergence,
+    estimators,
+    paper_curves,
+    papers,
+    rollouts,
+    sweep,
+    tokens,
+)
 from dashboards.runs import AXES, Selected, curves, select
 from opd_lab.bins import edges
 from opd_lab.compare import budget
@@ -249,6 +260,23 @@ def test_the_study_that_made_the_runs_is_found_with_what_it_pruned(tmp_path: Pat
     assert style.words(sweep.pruned(found))["note"] == "Of 4 trials: 3 complete, 1 pruned."
     a_run(tmp_path / "elsewhere", "opd")
     assert sweep.study_with(select(tmp_path / "elsewhere")) is None
+
+
+def test_the_arms_of_the_rocks_stand_beside_plain_opd_with_the_intervals_of_the_comparison(tmp_path: Path) -> None:
+    for method in ("opd", "opd_sampled", "rock_tokens", "rock_tokens_random_positions"):
+        for seed, final in enumerate((0.5, 0.7)):
+            a_run(tmp_path, method, seed, final=final)
+    found = select(tmp_path)
+    figure = paper_curves.rock_arms(found)
+    assert {trace.name for trace in figure.data if trace.name} == {"opd", "rock_tokens", "rock_tokens_random_positions"}
+    rows = compare.curves(tmp_path, "eval/validation/avg_at_4").query("method == 'rock_tokens' and step == 2").iloc[0]
+    line = next(trace for trace in figure.data if trace.name == "rock_tokens")
+    step, low, high, *_ = np.array(numbers(line.customdata)).reshape(3, -1)[-1]
+    assert (step, low, high) == pytest.approx((2, rows["low"], rows["high"]))
+    assert "figure 5" in style.words(figure)["note"] and "95 % interval" in style.words(figure)["note"]
+    question = style.words(figure)["question"]
+    assert question in [style.words(one)["question"] for one in papers.every(found)]
+    assert question not in [style.words(one)["question"] for one in papers.every(found.only(["opd", "opd_sampled"]))]
 
 
 def test_alarms_are_listed_in_the_order_of_steps(tmp_path: Path) -> None:
