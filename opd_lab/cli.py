@@ -93,7 +93,10 @@ def _run(given: argparse.Namespace) -> int:
 def _sweep(given: argparse.Namespace) -> int:
     found = sorted(path.stem for path in config.SWEEPS.glob("*.yaml"))
     if given.name not in found and not any(word.startswith("--config-dir") for word in given.overrides):
-        raise ValueError(f"there is no sweep {given.name}; sweeps/ has {', '.join(found)}")
+        raise ValueError(
+            f"there is no sweep {given.name}; sweeps/ has {', '.join(found)}; what was asked without a file is "
+            f"python -m opd_lab -m ...{' sweep.confirm.top=1' * (given.command == 'confirm')}"
+        )
     asked = ["sweep.dry_run=true"] * given.dry_run + ["sweep.extend=true"] * given.extend
     return _hydra("run", ["--multirun", f"sweeps={given.name}", *asked, *given.overrides])
 

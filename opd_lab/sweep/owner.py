@@ -97,7 +97,11 @@ def stop(tracking_folder: Path, name: str) -> str:
 
 def table(tracking_folder: Path) -> Table:
     """Every sweep of a tracking folder: state, done, target, best."""
-    shown = Table("sweep", "state", "done", "pruned", "failed", "best", "of trial", "objective", "question")
+    shown = Table(pad_edge=False)
+    for name in ("sweep", "state", "done", "pruned", "failed", "best", "trial"):
+        shown.add_column(name, no_wrap=True)
+    for name in ("objective", "question"):
+        shown.add_column(name, overflow="fold")
     for path in _cards(tracking_folder):
         card = json.loads(path.read_text())
         ended = card["done"] >= card["target"]

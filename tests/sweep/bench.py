@@ -85,9 +85,8 @@ class Bench:
         self, folder: Path, settings: SweepSettings, *, steps: int = 4, seeds: Sequence[int] = (0,), **rest: Any
     ):
         launched = rest.pop("launcher", None)
-        launch = {
-            key: rest.pop(key) for key in ("slots", "memory_limit_gib", "grace_seconds", "start_seconds") if key in rest
-        }
+        ours = ("slots", "gpus", "trials_per_gpu", "memory_limit_gib", "grace_seconds", "start_seconds")
+        launch = {key: rest.pop(key) for key in ours if key in rest}
         given = {key: rest.pop(key) for key in ("objective", "condition", "uri") if key in rest}
         self.study = opened(folder, settings, steps=steps, runs=len(seeds), **given)
         self.out = io.StringIO()

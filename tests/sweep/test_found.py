@@ -71,6 +71,12 @@ def test_slots_of_gpus_and_of_the_cpu():
             slots(LocalSettings(**s | change))
 
 
+def test_auto_takes_the_gpus_that_the_sweep_itself_may_use(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    made = slots(LocalSettings(**AUTO | {"gpus": "auto"}))
+    assert [(slot.name, slot.environment["CUDA_VISIBLE_DEVICES"]) for slot in made] == [("gpu 3", "3"), ("gpu 5", "5")]
+
+
 def test_no_gpu_where_none_is_shown(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     s = LocalSettings(**AUTO | {"gpus": "auto"})

@@ -1,6 +1,7 @@
 """Trials side by side, each alone with its fate; a sweep that was cut off goes on as if it had not been."""
 
 import os
+import re
 import signal
 from multiprocessing import forkserver
 from pathlib import Path
@@ -62,6 +63,33 @@ def test_a_process_that_never_starts_to_work_has_the_same_limit(tmp_path, monkey
     assert [t.user_attrs["why"] for t in bench.study.trials()] == ["time limit of 0.1 s"] * 2
     events = list(Mail(tmp_path / "bench" / "trial_0001").events())
     assert events == [{"kind": "placed", "attempt": 1}]
+
+
+@pytest.mark.slow
+def test_each_trial_has_its_gpu_before_torch_is_imported(tmp_path, monkeypatch):
+    """Python runs `sitecustomize` first in every process; there one notes what a process sees as it asks for torch."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch':\n"
+        "            sys.meta_path.remove(self)\n"
+        "            with open(os.environ['SEEN'], 'a') as file:\n"
+        "                print(os.getpid(), os.environ['CUDA_VISIBLE_DEVICES'], file=file)\n"
+        "sys.meta_path.insert(0, Watch())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")  # the sweep's own
+    bench = Bench(tmp_path, sweep_settings(space={"x": "range(0,5)"}), gpus=[0, 2], trials_per_gpu=2).run()
+    assert bench.states() == "COMPLETE " * 4 + "COMPLETE"
+    seen = dict(line.split() for line in (tmp_path / "seen").read_text().splitlines())
+    mails = [Mail(tmp_path / "bench" / f"trial_{number:04d}") for number in range(5)]
+    pids = [str(said["pid"]) for mail in mails for said in mail.events() if said["kind"] == "started"]
+    where = re.findall(r"trial \d started on (gpu (\d) #\d)", bench.out.getvalue())
+    assert [slot for slot, _ in where[:4]] == ["gpu 0 #0", "gpu 2 #0", "gpu 0 #1", "gpu 2 #1"]
+    assert [seen[pid] for pid in pids] == [gpu for _, gpu in where]
+    assert seen.keys() == set(pids) and os.environ["CUDA_VISIBLE_DEVICES"] == "7"
 
 
 def test_ctrl_c_is_not_for_the_fork_server(tmp_path):
