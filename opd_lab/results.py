@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -91,15 +92,31 @@ def show_runs(runs: Sequence[Path], folder: Path, baseline: str | None = None) -
     render(found, console)
     path = write_report(folder, runs, baseline)
     console.print(f"\nreport   {path}", soft_wrap=True, highlight=False)
-    store = next((p / "mlflow.db" for p in folder.parents if (p / "mlflow.db").is_file()), None)
-    if store is not None:
-        ui = Path(sys.executable).with_name("mlflow")
-        console.print(
-            f"mlflow   {ui} ui --backend-store-uri sqlite:///{store} --host 127.0.0.1 --port 5000",
-            soft_wrap=True,
-            highlight=False,
-        )
+    for line in _in_mlflow(runs, folder):
+        console.print(line, soft_wrap=True, highlight=False)
     return found
+
+
+def _in_mlflow(runs: Sequence[Path], folder: Path) -> list[str]:
+    """How to see some runs in MLflow: the command where their store is a file, the address where that is known."""
+    from opd_lab.tracking.arranged import address
+    from opd_lab.tracking.mlflow import IDENTITY
+
+    file = next((run / IDENTITY for run in runs if (run / IDENTITY).is_file()), None)
+    known = {} if file is None else json.loads(file.read_text())
+    uri, experiment_id = str(known.get("uri", "")), known.get("experiment_id")
+    if uri.startswith(("http://", "https://")):
+        server = urlsplit(uri)._replace(netloc=urlsplit(uri).netloc.rpartition("@")[2]).geturl()  # without a password
+        return [f"mlflow   {address(server, experiment_id) if experiment_id else server}"]
+    near = (p / "mlflow.db" for p in folder.parents)
+    store = next((p for p in (Path(uri.removeprefix("sqlite:///")), *near) if p.is_file()), None)
+    if store is None:
+        return []
+    ui = Path(sys.executable).with_name("mlflow")
+    lines = [f"mlflow   {ui} ui --backend-store-uri sqlite:///{store} --host 127.0.0.1 --port 5000"]
+    if experiment_id:
+        lines.append(f"         shows them at {address('http://127.0.0.1:5000', experiment_id)}")
+    return lines
 
 
 def settings_in(folder: Path) -> RunSettings:

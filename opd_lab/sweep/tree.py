@@ -25,7 +25,8 @@ from opd_lab.sweep.question import Question
 from opd_lab.sweep.space import Params
 from opd_lab.sweep.study import Study
 from opd_lab.sweep.trials import Running
-from opd_lab.tracking.mlflow import IDENTITY, LONGEST_PARAM, LONGEST_TAG, open_store, shorten
+from opd_lab.tracking.arranged import arrange
+from opd_lab.tracking.mlflow import IDENTITY, LONGEST_PARAM, LONGEST_TAG, is_shown, open_store, shorten
 
 log = logging.getLogger("opd_lab.sweep")
 RUN, RUNS = "mlflow_run_id", "mlflow_run_ids"  # attributes: of the study and of a trial; by run folder, of a trial
@@ -59,6 +60,9 @@ class MLflowTree:
             | {f"objective.{name}": way for name, way in question.objective.items()},
             known=run.data.params,
         )
+        varied = [p.key for p in study.space.parameters if p.key != "method" and is_shown(p.key, p.text)]
+        steps = max(order.steps for order, _ in question.samples)
+        arrange(self._client, self._store.experiment_id, steps=steps, params=varied)
 
     def orders(self, trial: optuna.Trial, params: Params, runs: Sequence[Order]) -> list[Order]:
         """The runs of a trial, each with its MLflow run below the trial's."""

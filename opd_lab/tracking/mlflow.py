@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from opd_lab.tracking.arranged import arrange
 from opd_lab.tracking.model import log_model
 from opd_lab.tracking.showing import TABLES, Shown
 from opd_lab.tracking.stored import PARAMS, quiet
@@ -139,8 +140,11 @@ class MLflow:
         shutil.rmtree(self._files, ignore_errors=True)
         self._tags: dict[str, str] = {}
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / IDENTITY).write_text(json.dumps({"uri": store.uri, "run_id": self.run_id}))
+        known = {"uri": store.uri, "experiment_id": store.experiment_id, "run_id": self.run_id}
+        (run.folder / IDENTITY).write_text(json.dumps(known))
         self._describe(run, set(mine.data.params) if mine else set())
+        if not made:  # a sweep that makes its runs arranges their page as well
+            arrange(self._client, store.experiment_id, steps=int(str(run.params.get("steps", 0))), again=False)
 
     def _known(self, run: RunInfo) -> Any:
         """The MLflow run that the folder's last attempt had in this store; None where there is none."""
