@@ -60,7 +60,7 @@ class MLflowTree:
             | {f"objective.{name}": way for name, way in question.objective.items()},
             known=run.data.params,
         )
-        varied = [p.key for p in study.space.parameters if p.key != "method" and is_shown(p.key, p.text)]
+        varied = [key for key in study.space.keys if key != "method" and is_shown(key, "varied")]
         steps = max(order.steps for order, _ in question.samples)
         arrange(self._client, self._store.experiment_id, steps=steps, params=varied)
 
