@@ -39,7 +39,7 @@ from opd_lab.train import Trainer
 from opd_lab.types import REVERSE_KL, Batch, Report, Rollouts, Source, Tokens, scatter
 
 VOCABULARY, WIDTH, TOKENS, CHUNK = 151_936, 1_024, 2_048, 512
-LAB_STEPS, TRACKED_STEPS, TRACKED_ROUNDS = 60, 50, 4
+LAB_STEPS, TRACKED_STEPS, TRACKED_ROUNDS = 110, 50, 4
 
 
 class Unwatched(Watch):
@@ -88,8 +88,15 @@ def show(name: str, with_s: list[float], without_s: list[float]) -> None:
 
 def lab(folder: Path) -> None:
     watched, plain = trainer(folder, FanOut([])), bare(folder)
-    pairs = [(timed(watched.advance), timed(plain.advance)) for _ in range(LAB_STEPS)][5:]  # the first ones warm up
-    show("lab, one step", *([pair[i] for pair in pairs] for i in range(2)))
+    pairs = [(timed(watched.advance), timed(plain.advance)) for _ in range(LAB_STEPS)]
+    tables = watched.settings.diagnostics.every
+    kinds = {
+        "lab, one step": pairs[tables:],  # the first ones warm up
+        "lab, a step with tables": pairs[2 * tables - 1 :: tables],
+        "lab, a step without": [pair for i, pair in enumerate(pairs) if i >= tables and (i + 1) % tables],
+    }
+    for name, some in kinds.items():
+        show(name, *([pair[i] for pair in some] for i in range(2)))
 
 
 def large(folder: Path) -> None:

@@ -37,6 +37,7 @@ from opd_lab.tracking.tracker import FanOut, RunInfo, Tracker
 from opd_lab.train import Evaluated, Progress, Pruned, Trainer
 
 Say = Callable[[str], None]
+TOGETHER_SECONDS = 2.0  # reports that come within it are written, and delivered, together
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,13 +175,13 @@ def examine(settings: RunSettings, method_name: str, config_yaml: str, say: Say)
 def trackers(settings: RunSettings, folder: Path) -> Tracker:
     """The run folder, and MLflow where it is asked for."""
     t = settings.tracking
-    files = RunFolder(together_seconds=1.0)
+    files = RunFolder(together_seconds=TOGETHER_SECONDS)
     if not t.mlflow:
         return FanOut([files])
     from opd_lab.tracking.mlflow import MLflow
 
     store = MLflow(t.uri, Path(t.folder).absolute(), t.log_model_megabytes, t.picture_every)
-    return FanOut([files, store], follower=Apart if CAN_FORK else Follower)
+    return FanOut([files, store], together_seconds=TOGETHER_SECONDS, follower=Apart if CAN_FORK else Follower)
 
 
 def identity(

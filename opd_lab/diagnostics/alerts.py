@@ -13,9 +13,9 @@
     accuracy_drop         validation accuracy is below its best so far, by more than chance does over so many problems
 
 "At first" is the mean over the first steps, or the evaluation before the first step. What is looked at in every step
-begins after so many steps in a row (`patience`) and ends after as many without; what evaluations say begins and ends at
-once. An alarm is raised where it begins. Rollouts that a stop rule cut are as long as the method wants: there only the
-evaluations judge the length.
+begins after so many steps in a row (`patience`) and ends after as many without; what evaluations say, and the mass,
+which is measured with the tables, begins and ends at once. An alarm is raised where it begins. Rollouts that a stop
+rule cut are as long as the method wants: there only the evaluations judge the length.
 
 A drop is the mean over the validation problems of what each has lost since the best evaluation, which met the same
 problems and uniforms; chance is the standard error of that mean. The best of many evaluations owes something to luck,
@@ -34,6 +34,7 @@ from opd_lab.settings import AlarmSettings
 from opd_lab.types import Report
 
 GRADIENT, LENGTH, ENTROPY = "optim/gradient_norm", "rollout/length_mean_tokens", "entropy/student_mean_nats"
+OUTSIDE_TOP16 = "overlap/outside_top16_fraction"
 EVALUATED_LENGTH, EVALUATED_KL = "eval/validation/length_mean_tokens", "eval/validation/reverse_kl_mean_nats"
 
 
@@ -63,7 +64,7 @@ class _Reading(NamedTuple):
     value: float
     threshold: float
     said: str  # what `value` is a number of
-    evaluated: bool = False
+    evaluated: bool = False  # or as seldom: one reading is enough
 
 
 class Alarms:
@@ -115,16 +116,13 @@ class Alarms:
             yield _below("entropy_collapse", seen[ENTROPY], limit, "student's entropy in nats")
         for alarm, metric, limit, said in (
             ("repetition", "rollout/repetition_fraction", s.repetition_fraction, "share of repeated 4-grams"),
-            (
-                "mass_outside_top16",
-                "overlap/outside_top16_fraction",
-                s.outside_fraction,
-                "student's mass outside the teacher's top 16",
-            ),
             ("zero_weight", "weight/zero_fraction", s.zero_weight_fraction, "share of tokens without weight"),
         ):
             if metric in seen:
                 yield _Reading(alarm, seen[metric] >= limit, seen[metric], limit, said)
+        if OUTSIDE_TOP16 in seen:
+            said, value = "student's mass outside the teacher's top 16", seen[OUTSIDE_TOP16]
+            yield _Reading("mass_outside_top16", value >= s.outside_fraction, value, s.outside_fraction, said, True)
 
     def _of_the_evaluation(self, seen: Mapping[str, float]) -> Iterator[_Reading]:
         s = self._settings

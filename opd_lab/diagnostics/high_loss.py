@@ -47,25 +47,25 @@ class HighLoss:
 
     def __init__(self, vocabulary: int, *, quantile: float, window: int, quadrants: Quadrants) -> None:
         self._quantile, self._window, self._quadrants = quantile, max(window, 1), quadrants
-        self._sums = {name: torch.zeros(vocabulary, dtype=torch.float64) for name in _SUMMED}
+        self._sum_SV = torch.zeros(len(_SUMMED), vocabulary, dtype=torch.float64)
         self._kl_max_V = torch.full((vocabulary,), -torch.inf, dtype=torch.float64)
         self._example_VC = torch.full((vocabulary, BEFORE + 1 + AFTER), NOTHING, dtype=torch.int32)
         self._window_count_V = torch.zeros(vocabulary, dtype=torch.float64)
         self._window_kl_V = torch.zeros(vocabulary, dtype=torch.float64)
         self._high_V = torch.zeros(vocabulary, dtype=torch.int64)  # bit w: high in the w-th last window
         self._steps, self._windows = 0, 0  # steps in the open window, closed windows
+        self._texts: dict[tuple[int, ...], str] = {}  # the examples of the last table
 
     def add(self, batch: Batch) -> None:
         """Count the generated tokens of a step; without a full teacher distribution there is no KL to count."""
         if REVERSE_KL not in batch.signals:
             return
-        kl_BT = batch[REVERSE_KL].detach().double().cpu()
-        keep_BT = batch.rollouts.mask_BT.cpu() & kl_BT.isfinite()
-        ids_N = batch.rollouts.response_BT.cpu()[keep_BT].long()
-        kl_N = kl_BT[keep_BT]
         nan_BT = torch.full_like(batch[REVERSE_KL], torch.nan)
-        others_SBT = torch.stack([batch.signals.get(signal, nan_BT).detach().double() for signal in _OTHERS]).cpu()
-        logp_N, logq_N, entropy_student_N, entropy_teacher_N = others_SBT[:, keep_BT]
+        signals = [batch.signals.get(signal, nan_BT).detach().double() for signal in (REVERSE_KL, *_OTHERS)]
+        value_SBT, mask_BT = torch.stack(signals).cpu(), batch.rollouts.mask_BT.cpu()
+        keep_BT = mask_BT & value_SBT[0].isfinite()
+        ids_N = batch.rollouts.response_BT.cpu()[keep_BT].long()
+        kl_N, logp_N, logq_N, entropy_student_N, entropy_teacher_N = value_SBT[:, keep_BT]
         seen = {
             "count": torch.ones_like(kl_N),
             "kl": kl_N,
@@ -74,13 +74,12 @@ class HighLoss:
             "p_teacher": logq_N.exp(),
             "entropy_student": entropy_student_N,
             "entropy_teacher": entropy_teacher_N,
-            "position": relative_BT(batch.rollouts.mask_BT.cpu())[keep_BT],
+            "position": relative_BT(mask_BT)[keep_BT],
         }
-        step = {name: torch.bincount(ids_N, value_N, minlength=len(self._kl_max_V)) for name, value_N in seen.items()}
-        for name, sum_V in step.items():
-            self._sums[name] += sum_V
-        self._window_count_V += step["count"]
-        self._window_kl_V += step["kl"]
+        step_SV = _per_type(ids_N, torch.stack([seen[name] for name in _SUMMED]), len(self._kl_max_V))
+        self._sum_SV += step_SV
+        self._window_count_V += step_SV[0]
+        self._window_kl_V += step_SV[1]
         self._keep_examples(batch, keep_BT, ids_N, kl_N)
         self._steps += 1
         if self._steps == self._window:
@@ -92,6 +91,8 @@ class HighLoss:
         self._kl_max_V.scatter_reduce_(0, ids_N, kl_N, "amax")
         winner_N = (kl_N == self._kl_max_V[ids_N]) & (kl_N > before_V[ids_N])
         order_M = winner_N.nonzero()[:, 0]
+        if not len(order_M):
+            return
         first_V = torch.full(before_V.shape, NOTHING)
         first_V.scatter_reduce_(0, ids_N[order_M], order_M, "amin", include_self=False)
         types_M = (first_V != NOTHING).nonzero()[:, 0]
@@ -122,29 +123,30 @@ class HighLoss:
 
     def table(self, decode: Decode, rows: int) -> list[dict[str, Any]]:
         """The `rows` token types that own most of the KL, the greatest first."""
-        count_V, kl_V = self._sums["count"], self._sums["kl"]
-        mean = {name: sum_V / count_V for name, sum_V in self._sums.items()}
-        std_V = (mean["kl_square"] - mean["kl"].square()).clamp(min=0).sqrt()
-        kl_share_V, token_share_V = kl_V / kl_V.sum(), count_V / count_V.sum()
-        times_V = torch.stack([(self._high_V >> w) & 1 for w in range(WINDOWS)]).sum(0)
+        count_V, kl_V = self._sum_SV[:2]
         seen_V = (count_V > 0).nonzero()[:, 0]
-        top = seen_V[kl_V[seen_V].sort(descending=True, stable=True).indices[:rows]].tolist()
-        of_V = {
-            "count": count_V.long(),
+        top_R = seen_V[kl_V[seen_V].sort(descending=True, stable=True).indices[:rows]]
+        mean = dict(zip(_SUMMED, self._sum_SV[:, top_R] / count_V[top_R]))
+        kl_share_R, token_share_R = kl_V[top_R] / kl_V.sum(), count_V[top_R] / count_V.sum()
+        of_R = {
+            "count": count_V[top_R].long(),
             "kl_mean_nats": mean["kl"],
-            "kl_std_nats": std_V,
-            "kl_max_nats": self._kl_max_V,
-            "kl_share_fraction": kl_share_V,
-            "token_share_fraction": token_share_V,
-            "enrichment_ratio": kl_share_V / token_share_V,
+            "kl_std_nats": (mean["kl_square"] - mean["kl"].square()).clamp(min=0).sqrt(),
+            "kl_max_nats": self._kl_max_V[top_R],
+            "kl_share_fraction": kl_share_R,
+            "token_share_fraction": token_share_R,
+            "enrichment_ratio": kl_share_R / token_share_R,
             "p_student_mean": mean["p_student"],
             "p_teacher_mean": mean["p_teacher"],
             "entropy_student_mean_nats": mean["entropy_student"],
             "entropy_teacher_mean_nats": mean["entropy_teacher"],
             "position_mean_fraction": mean["position"],
-            "persistence_windows": times_V,
+            "persistence_windows": ((self._high_V[top_R, None] >> torch.arange(WINDOWS)) & 1).sum(1),
         }
-        columns = {name: value_V[top].tolist() for name, value_V in of_V.items()}
+        top = top_R.tolist()
+        columns = {name: value_R.tolist() for name, value_R in of_R.items()}
+        examples = [tuple(ids) for ids in self._example_VC[top_R].tolist()]
+        self._texts = {ids: self._texts.get(ids) or _text(decode, ids) for ids in examples}  # few are new
         return [
             {
                 "rank": place,
@@ -153,20 +155,15 @@ class HighLoss:
                 **{name: values[place] for name, values in columns.items()},
                 "windows": min(self._windows, WINDOWS),
                 **quadrant,
-                "example": self._example(decode, v),
+                "example": self._texts[example],
             }
-            for place, (v, quadrant) in enumerate(zip(top, self._quadrants.columns(top)))
+            for place, (v, quadrant, example) in enumerate(zip(top, self._quadrants.columns(top), examples))
         ]
-
-    def _example(self, decode: Decode, v: int) -> str:
-        before, after = self._example_VC[v, :BEFORE].tolist(), self._example_VC[v, BEFORE + 1 :].tolist()
-        texts = (decode([i for i in ids if i != NOTHING]) for ids in (before, [v], after))
-        return "{}⟦{}⟧{}".format(*texts)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and ints only."""
         fields = {name: getattr(self, f"_{name}") for name in _STATE}
-        sums = {f"sum_{name}": sum_V for name, sum_V in self._sums.items()}
+        sums = {f"sum_{name}": sum_V.clone() for name, sum_V in zip(_SUMMED, self._sum_SV)}
         return fields | sums | {"quadrants": self._quadrants.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -176,8 +173,21 @@ class HighLoss:
         for name in _STATE:
             value = state[name]
             setattr(self, f"_{name}", value.clone() if isinstance(value, Tensor) else value)
-        self._sums = {name: state[f"sum_{name}"].clone() for name in _SUMMED}
+        self._sum_SV = torch.stack([state[f"sum_{name}"] for name in _SUMMED])
         self._quadrants.load_state_dict(state["quadrants"])
+
+
+def _text(decode: Decode, ids: tuple[int, ...]) -> str:
+    """An example, its token marked."""
+    parts = ids[:BEFORE], ids[BEFORE : BEFORE + 1], ids[BEFORE + 1 :]
+    return "{}⟦{}⟧{}".format(*(decode([i for i in part if i != NOTHING]) for part in parts))
+
+
+def _per_type(ids_N: Tensor, value_SN: Tensor, vocabulary: int) -> Tensor:
+    """Sums [S, V] over the tokens of each type, added up in the order of the tokens."""
+    place_SN = ids_N + vocabulary * torch.arange(len(value_SN))[:, None]
+    sums = torch.bincount(place_SN.flatten(), value_SN.flatten(), minlength=len(value_SN) * vocabulary)
+    return sums.view(-1, vocabulary)
 
 
 _OTHERS = (LOGP_STUDENT, LOGP_TEACHER, ENTROPY_STUDENT, ENTROPY_TEACHER)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -11,10 +13,15 @@ from opd_lab.types import Histogram
 
 def count(values: Tensor, bins: str) -> Histogram:
     """How many of the values, of any shape, fall into each bin."""
-    inner = torch.tensor(edges(bins), dtype=torch.float64)
+    inner = _edges(bins)
     values_N = values.detach().reshape(-1).double().cpu()
     bin_N = torch.bucketize(values_N[~values_N.isnan()], inner)
     return Histogram(torch.bincount(bin_N, minlength=len(inner) + 1), bins)
+
+
+@cache
+def _edges(bins: str) -> Tensor:
+    return torch.tensor(edges(bins), dtype=torch.float64)
 
 
 def merge(one: Histogram, other: Histogram) -> Histogram:

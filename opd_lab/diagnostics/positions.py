@@ -45,13 +45,18 @@ def absolute_profile(batch: Batch) -> list[dict[str, Any]]:
 def _rows(batch: Batch, bin_N: Tensor, bins: int) -> list[tuple[int, dict[str, Any]]]:
     """The bins that hold a token: how many, and the means of the signals over those that have one."""
     count_K = bin_N.bincount(minlength=bins).tolist()
+    names = [name for name, signal in _SHOWN.items() if signal in batch.signals]
     means: dict[str, list[float]] = {}
-    for name, signal in _SHOWN.items():
-        if signal in batch.signals:
-            value_N = batch[signal][batch.rollouts.mask_BT].double()
-            there_N = ~value_N.isnan()
-            sum_K = bin_N[there_N].bincount(value_N[there_N], minlength=bins)
-            means[name] = (sum_K / bin_N[there_N].bincount(minlength=bins)).tolist()
+    if names:
+        value_SBT = torch.stack([batch[_SHOWN[name]].double() for name in names])
+        value_SN = value_SBT[:, batch.rollouts.mask_BT]
+        there_SN = ~value_SN.isnan()
+        place_SN = bin_N + bins * torch.arange(len(names), device=bin_N.device)[:, None]
+        sum_SK, there_SK = (
+            place_SN.flatten().bincount(weight_SN.flatten(), minlength=len(names) * bins).view(-1, bins)
+            for weight_SN in (value_SN.masked_fill(~there_SN, 0.0), there_SN.double())
+        )
+        means = dict(zip(names, (sum_SK / there_SK).tolist()))
     return [
         (k, {"tokens": count_K[k], **{name: mean_K[k] for name, mean_K in means.items()}})
         for k in range(bins)

@@ -60,8 +60,13 @@ def records(batch: Batch, counted: Repeats, rows: int) -> list[dict[str, Any]]:
 
 
 def _sources(rollouts: Rollouts) -> list[str]:
-    writers = [source for source in Source if source > Source.GIVEN]
-    wrote_WB = torch.stack([(rollouts.source_BT == writer).any(1) for writer in writers])
-    every = product((0, 1), repeat=len(writers))
-    names = {on: "+".join(w.name.lower() for w, yes in zip(writers, on) if yes) for on in every}
-    return [names[on] for on in zip(*wrote_WB.int().tolist(), strict=True)]
+    writer_W = torch.tensor(_WRITERS, device=rollouts.source_BT.device)
+    wrote_BW = (rollouts.source_BT[..., None] == writer_W).any(1)
+    return [_NAMES[tuple(on)] for on in wrote_BW.tolist()]
+
+
+_WRITERS = [source for source in Source if source > Source.GIVEN]
+_NAMES = {
+    on: "+".join(writer.name.lower() for writer, wrote in zip(_WRITERS, on) if wrote)
+    for on in product((False, True), repeat=len(_WRITERS))
+}

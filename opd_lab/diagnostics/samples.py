@@ -47,16 +47,18 @@ def sample(
         arrays["weight"] = total_weight_BT(weights)
     if losses:
         arrays["loss"] = _weighted_BT(weights, losses)
-    return [
-        {
-            "step": batch.step,
-            "reward": float(rollouts.reward_B[b]),
-            **tokens_of(rollouts, b, decode),
-            "source": [Source(s).name.lower() for s in rollouts.source_BT[b][there_BT[b]].tolist()],
-            **{name: value_BT[b][there_BT[b]].tolist() for name, value_BT in arrays.items()},
-        }
-        for b in rollouts.uid_B.argsort()[:rows].tolist()
-    ]
+    arrays["source"] = rollouts.source_BT
+    first_S = rollouts.uid_B.argsort()[:rows]
+    shown = {name: value_BT[first_S].cpu() for name, value_BT in arrays.items()}
+    found = []
+    for place, b in enumerate(first_S.tolist()):
+        there_T = there_BT[b].cpu()
+        values = {name: value_ST[place][there_T].tolist() for name, value_ST in shown.items()}
+        values["source"] = [Source(s).name.lower() for s in values["source"]]
+        found.append(
+            {"step": batch.step, "reward": float(rollouts.reward_B[b]), **tokens_of(rollouts, b, decode), **values}
+        )
+    return found
 
 
 def tokens_of(rollouts: Rollouts, b: int, decode: Decode) -> dict[str, Any]:

@@ -44,11 +44,11 @@ RECORD: frozenset[Signal] = frozenset(
         REVERSE_KL,
         FORWARD_KL,
         RANK_TEACHER,
-        OUTSIDE,
     }
 )
-# And at a step that shows histograms and tables: what asks for more passes over the vocabulary than all of the above.
-RECORD_DUE: frozenset[Signal] = RECORD | {HALF, TOTAL_VARIATION, OVERLAP}
+# And at a step that shows histograms and tables: what asks for more passes over the vocabulary than all of the above,
+# or for its likeliest tokens.
+RECORD_DUE: frozenset[Signal] = RECORD | {HALF, TOTAL_VARIATION, OVERLAP, OUTSIDE}
 
 
 def present(value_BT: Tensor, mask_BT: Tensor) -> Tensor:

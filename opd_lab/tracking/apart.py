@@ -7,6 +7,7 @@ ends with the process that made it, however that ends: its pipe is closed then.
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from opd_lab.tracking.tracker import RunInfo, Tracker
 
 CAN_FORK = sys.platform == "linux"  # elsewhere a process with threads must not be forked
+GARBAGE = 50_000  # objects between two collections; delivery makes and drops many at once
 log = logging.getLogger("opd_lab.tracking")
 
 
@@ -117,7 +119,9 @@ def _serve(
     together_seconds: float,
 ) -> None:
     parents.close()
-    os.nice(10)  # where no core is free, training goes first
+    os.nice(19)  # where no core is free, training goes first
+    gc.freeze()  # what the run has made stays, and is not looked through again and again
+    gc.set_threshold(GARBAGE)
     os.setpgid(0, 0)  # what stops the run, Ctrl-C or its sweep, does not stop the delivery of its last words
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_DFL)

@@ -93,7 +93,9 @@ class Shown:
         (folder / "images").mkdir(parents=True, exist_ok=True)
         picture.save(folder / "images" / f"{stem}.png", compress_level=1)  # the fastest: there are many of them
         # what MLflow's charts show, and the picture itself on a click
-        picture.convert("RGB").reduce(2).save(folder / "images" / f"{stem}+compressed.webp", method=0)
+        picture.convert("RGB").reduce(2).save(
+            folder / "images" / f"{stem}+compressed.webp", lossless=True, quality=0, method=0
+        )
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -23,6 +25,7 @@ STATUSES = ("FINISHED", "FAILED", "KILLED")
 LONGEST_KEY = 250  # characters
 
 
+@lru_cache(maxsize=4096)  # asked for every scalar of every step
 def key(name: str) -> str:
     """A name that every tracker takes: `pass@1` -> `pass_at_1`, `a[0]` -> `a_0_`."""
     name = re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))
@@ -79,6 +82,7 @@ class FanOut:
         self._pace, self._follower = (retry_seconds, together_seconds), follower
         self._followers: list[Follower | Apart] = []
         self._system: System | None = None  # until it starts
+        self._wake_due = 0.0
 
     def start(self, run: RunInfo) -> None:
         run = replace(
@@ -106,8 +110,10 @@ class FanOut:
             scalars |= {name: math.nan for name in bad} | {"tracking/nonfinite_count": float(len(bad))}
         for tracker in self._local:
             tracker.log(replace(report, scalars=scalars))
-        for follower in self._followers:
-            follower.wake()
+        if time.monotonic() >= self._wake_due:
+            self._wake_due = time.monotonic() + self._pace[1]
+            for follower in self._followers:
+                follower.wake()
 
     def artifact(self, path: Path, folder: str = "") -> None:
         for tracker in self._local:
