@@ -1,4 +1,4 @@
-"""Take mlflow_sweep.png and mlflow_rollouts.png: MLflow's own pages, over the store of a finished sweep.
+"""Take the pictures mlflow_*.png: MLflow's own pages, over the store of a finished sweep.
 
     opd-lab sweep compare method=opd,scope,kat_lab,fire_opd seed=0,1
     python docs/mlflow_tour.py opd_runs compare
@@ -16,18 +16,26 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import mlflow
+from PIL import Image
 from playwright.sync_api import FloatRect, Page, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.dashboard import chromium
+from opd_lab.tracking.arranged import METHODS, RUNS, TEST
+from opd_lab.tracking.arranged import address as address_of
 
 HERE = Path(__file__).parent
-PATIENCE = 20_000  # milliseconds
+PATIENCE = 60_000  # milliseconds
+CARD = "[data-testid=experiment-view-compare-runs-card]"
+AREA = "[data-testid=experiment-view-compare-runs-chart-area]"
+MENU = 200  # pixels, at the left
+COLOURS = 256
 BELOW_PATH = 205  # pixels above which a page names the folder of the store
-SETTLED = 3_000  # milliseconds until charts have been drawn
+SETTLED = 4_000  # milliseconds until charts have been drawn
 
 
 @contextmanager
@@ -65,14 +73,38 @@ def served(folder: Path) -> Iterator[str]:
 
 
 def take(page: Page, name: str, below: int = 0) -> None:
-    page.wait_for_timeout(SETTLED)
+    """The page without MLflow's menu, in few colours."""
+    page.mouse.move(0, 0)  # no tooltip
     assistant = page.get_by_label("Close", exact=True)
     if assistant.count():
         assistant.first.dispatch_event("click")
+    page.wait_for_timeout(SETTLED)
     size = page.viewport_size
     assert size is not None
-    clip: FloatRect = {"x": 200, "y": below, "width": size["width"] - 200, "height": size["height"] - below}
-    page.screenshot(path=HERE / f"mlflow_{name}.png", clip=clip)
+    clip: FloatRect = {"x": MENU, "y": below, "width": size["width"] - MENU, "height": size["height"] - below}
+    Image.open(BytesIO(page.screenshot(clip=clip))).quantize(COLOURS).save(HERE / f"mlflow_{name}.png", optimize=True)
+
+
+def arranged(page: Page, address: str, runs: int) -> None:
+    """What a sweep prints the address of: its charts, its pictures, its table, and the methods averaged."""
+    page.goto(address)
+    page.locator(f"{CARD} .barlayer .point").nth(2 * runs - 1).wait_for()
+    take(page, "charts")
+    page.locator(AREA).hover()
+    pictures = page.locator(f"{CARD} img[src*='kl~reverse_nats']")
+    while pictures.count() < runs:
+        page.mouse.wheel(0, 200)
+        page.wait_for_timeout(300)
+    pictures.nth(3).scroll_into_view_if_needed()
+    take(page, "comparison")
+    page.goto(page.url.replace("compareRunsMode=CHART", "compareRunsMode=TABLE"))
+    page.get_by_role("columnheader", name=TEST, exact=True).first.wait_for()
+    take(page, "table")
+    page.goto("about:blank")
+    page.goto(address.replace(f"={RUNS}&", f"={METHODS}&"))
+    page.get_by_text("Group: opd", exact=True).wait_for()
+    page.locator(f"{CARD} .barlayer .point").first.wait_for()
+    take(page, "methods")
 
 
 def main(folder: Path, experiment: str) -> None:
@@ -85,8 +117,9 @@ def main(folder: Path, experiment: str) -> None:
     child = next(run for run in runs if str(run.info.run_name).startswith("opd-"))
     with served(folder) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(**chromium())
-        page = browser.new_page(viewport={"width": 1400, "height": 800})
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.set_default_timeout(PATIENCE)
+        arranged(page, address_of(address, found.experiment_id), sum("method" in run.data.tags for run in runs))
         at = f"{address}/#/experiments/{found.experiment_id}/runs"
         page.goto(f"{at}/{parent.info.run_id}")
         page.wait_for_timeout(SETTLED)  # what comes late would move the page under the click
