@@ -73,6 +73,10 @@ def along(axis: str, metrics: DataFrame, folder: Path) -> Any:
     teacher_tokens = sum(_of_teacher(totals).values())
     if axis != "flops":
         return student_tokens if axis == "student_tokens" else teacher_tokens
+    return _flops(student_tokens, teacher_tokens, totals["cost/dataset_tokens"], folder)
+
+
+def _flops(student_tokens: Any, teacher_tokens: Any, dataset_tokens: Any, folder: Path) -> Any:
     said = read.status(folder)
     try:
         student, of_teacher = (int(said["tags"][f"{name}_parameters"]) for name in ("student", "teacher"))
@@ -82,16 +86,43 @@ def along(axis: str, metrics: DataFrame, folder: Path) -> Any:
             "again"
         ) from None
     updates = said["params"]["optim.updates_per_rollout"]
-    passes = (2 + 6 * updates) * student_tokens - 2 * totals["cost/dataset_tokens"]
+    passes = (2 + 6 * updates) * student_tokens - 2 * dataset_tokens
     return student * passes + 2 * of_teacher * teacher_tokens
+
+
+def spent(metrics: DataFrame, folder: Path) -> dict[str, float]:
+    """What one run had spent in the end: the last value of `along` on every axis that it logged."""
+    found: dict[str, float] = {}
+    last = _last(metrics)
+    seconds: Any = metrics[metrics["name"] == "time/step_seconds"]
+    if len(seconds):
+        found["seconds"] = float(seconds.drop_duplicates("step", keep="last")["value"].sum())
+    if "cost/generated_tokens" in last:
+        found["student_tokens"] = last["cost/generated_tokens"]
+        try:
+            mine = {name: last.get(name, 0.0) for name in _NEEDS["flops"]}
+            of_teacher = float(sum(_of_teacher(mine).values()))
+            found["flops"] = float(
+                _flops(mine["cost/generated_tokens"], of_teacher, mine["cost/dataset_tokens"], folder)
+            )
+        except ValueError:  # says which tag the run has not
+            pass
+    if _TEACHER[0] in last:
+        found["teacher_tokens"] = float(sum(_of_teacher({name: last.get(name, 0.0) for name in _TEACHER}).values()))
+    return found
 
 
 def tokens(metrics: DataFrame) -> dict[str, float]:
     """What one run has counted so far, by who wrote or read it; the teacher's parts add up to its axis."""
-    last: Any = metrics.sort_values("step").groupby("name", observed=True)["value"].last()
-    last = last.reindex(_NEEDS["flops"]).fillna(0.0)
-    found = {"student wrote": last["cost/generated_tokens"], **_of_teacher(last)}
-    return {part: float(count) for part, count in found.items()}
+    last = _last(metrics)
+    last = {name: last.get(name, 0.0) for name in _NEEDS["flops"]}
+    return {"student wrote": last["cost/generated_tokens"]} | {k: float(v) for k, v in _of_teacher(last).items()}
+
+
+def _last(metrics: DataFrame) -> dict[str, float]:
+    """metric -> its last number."""
+    found: Any = metrics.dropna(subset="value").sort_values("step", kind="stable").drop_duplicates("name", keep="last")
+    return {str(name): float(value) for name, value in zip(found["name"], found["value"])}
 
 
 def _of_teacher(totals: Any) -> dict[str, Any]:

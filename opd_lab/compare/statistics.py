@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -219,18 +220,17 @@ def bootstrap(a_SP: Array, b_SP: Array | None = None, *, resamples: int = 2000, 
 
     A second opinion. With few seeds it is too narrow, since the variance of S values is (S - 1) / S of the truth.
     """
-    generator = np.random.default_rng(seed)
-    P = a_SP.shape[1]
-    weight_RP = _drawn(generator, resamples, P)
-
-    def drawn(y_SP: Array) -> Array:
-        return np.einsum("rs,sp,rp->r", _drawn(generator, resamples, len(y_SP)), y_SP, weight_RP, optimize=True)
-
-    mean_R = drawn(a_SP) - (0.0 if b_SP is None else drawn(b_SP))
+    tables = [a_SP] if b_SP is None else [a_SP, b_SP]
+    weight_RP, *weights = _drawn(seed, resamples, a_SP.shape[1], *map(len, tables))
+    means = [np.einsum("rs,sp,rp->r", w_RS, y_SP, weight_RP, optimize=True) for w_RS, y_SP in zip(weights, tables)]
+    mean_R = means[0] - (means[1] if len(means) > 1 else 0.0)
     low, high = np.quantile(mean_R, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
-def _drawn(generator: np.random.Generator, resamples: int, n: int) -> Any:
-    """How often each of n comes up in n draws, as weights that sum to 1."""
-    return generator.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+@lru_cache(8)
+def _drawn(seed: int, resamples: int, *sizes: int) -> list[Any]:
+    """Of each size n, how often each of n comes up in n draws, as weights that sum to 1. Methods that are compared
+    have the same sizes, and the same draws."""
+    generator = np.random.default_rng(seed)
+    return [generator.multinomial(n, np.full(n, 1 / n), size=resamples) / n for n in sizes]

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from opd_lab.compare import statistics
-from opd_lab.compare.budget import Equality, along, equalities, metrics_of
+from opd_lab.compare import budget, statistics
+from opd_lab.compare.budget import Equality, equalities, metrics_of
 from opd_lab.compare.groups import Group, differing, groups, settings_tried
 from opd_lab.compare.scores import Scores, paired, scores
 from opd_lab.tracking import read
@@ -130,12 +130,10 @@ def _spent(group: Group) -> dict[str, float]:
     last = [m[m["name"] == HELD_OUT_KL].sort_values("step").value.tolist()[-1:] for m in of_run.values()]
     if last and all(last):
         row["kl_held_out_nats"] = sum(value for [value] in last) / len(last)
+    ends = [budget.spent(of_run[str(folder)], folder) for folder in group.folders if str(folder) in of_run]
     for column in columns:
-        try:
-            ends = [along(column, of_run[str(folder)], folder).iloc[-1] for folder in group.folders if of_run]
-        except ValueError:  # says what was not logged, which here is NaN
-            ends = []
-        row[column] = float(sum(ends) / len(ends)) if ends else NAN
+        values = [end[column] for end in ends if column in end]
+        row[column] = sum(values) / len(values) if values and len(values) == len(group.folders) else NAN
     return row
 
 

@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 
 from opd_lab import evaluate
-from opd_lab.compare.budget import AXES, along
+from opd_lab.compare.budget import AXES, along, spent
 from opd_lab.compare.curves import COLUMNS, bounds, curves
 from opd_lab.compare.scores import pass_at_k
 from opd_lab.compare.table import table
+from opd_lab.tracking import read
 from tests.compare.made_up import a_run
 
 
@@ -82,6 +83,14 @@ def test_every_axis_counts_what_was_spent(tmp_path: Path) -> None:
         found = curves(run, "kl/reverse_mean_nats", axis)
         assert found.x.to_list() == [0, value / 2, value], axis
         assert math.isnan(found.low[0])  # one seed
+
+
+def test_what_was_spent_in_the_end_is_the_end_of_every_axis(tmp_path: Path) -> None:
+    run = a_run(tmp_path, "opd", 0, [4, 2], tokens=100)
+    metrics = read.metrics(run)
+    found = spent(metrics, run)
+    assert found == {axis: float(along(axis, metrics, run).iloc[-1]) for axis in AXES if axis != "steps"}
+    assert spent(metrics[metrics["name"] != "cost/generated_tokens"], run) == {"seconds": 6, "teacher_tokens": 100}
 
 
 def test_the_teachers_tokens_are_each_counted_once() -> None:
