@@ -11,6 +11,7 @@ from typing import Any
 from opd_lab.tracking import read
 
 Status = dict[str, Any]
+LONG = 6  # characters of a number that nobody wrote by hand
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,10 @@ def groups(runs: read.Runs, statuses: Collection[str] | None = ("FINISHED",)) ->
     out = []
     for name, (text, folders) in zip(names, pooled.items()):
         alike = [json.loads(other) for other, n in zip(pooled, names) if n == name]
-        apart = [f"{key.removeprefix('method.')}={json.loads(text).get(key)}" for key in differing(alike)]
+        place = [other for other, n in zip(pooled, names) if n == name].index(text)
+        apart = [
+            f"{key.removeprefix('method.')}={texts([one.get(key) for one in alike])[place]}" for key in differing(alike)
+        ]
         out.append(Group(" ".join([name, *apart]), folders, json.loads(text)))
     return out
 
@@ -57,6 +61,16 @@ def differing(params: list[dict[str, Any]]) -> list[str]:
     """The keys that are not the same in all."""
     keys = sorted({key for one in params for key in one})
     return [key for key in keys if len({json.dumps(one.get(key)) for one in params}) > 1]
+
+
+def texts(values: list[Any]) -> list[str]:
+    """Each value in a few characters: a long number with as few digits, three or more, as tell it from the others."""
+    known, shown = {json.dumps(value) for value in values}, list(map(str, values))
+    for digits in range(3, 17):
+        few = [f"{v:.{digits}g}" if isinstance(v, float) and len(str(v)) > LONG else str(v) for v in values]
+        if len(set(few)) == len(known):
+            return few
+    return shown
 
 
 def settings_tried(found: list[Group]) -> dict[str, int]:

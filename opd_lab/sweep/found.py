@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -155,7 +156,7 @@ def figures(study: optuna.Study, objective: Sequence[str]) -> list[tuple[str, An
             out.append((f"{name}: params side by side", visualization.plot_parallel_coordinate(study, **said)))
             out.append((f"{name}: one param at a time", visualization.plot_slice(study, **said)))
         if several and len({t.values[place] for t in done if t.values}) > 1:
-            out.append((f"{name}: how much each param matters", visualization.plot_param_importances(study, **said)))
+            out.append((f"{name}: how much each param matters", _importance(study, place, said)))
     if 2 <= len(objective) <= 3:
         out.append(
             ("The trials that no other one beats", visualization.plot_pareto_front(study, target_names=list(objective)))
@@ -163,6 +164,18 @@ def figures(study: optuna.Study, objective: Sequence[str]) -> list[tuple[str, An
     elif any(t.intermediate_values for t in study.get_trials(deepcopy=False)):
         out.append(("On the way", visualization.plot_intermediate_values(study)))
     return out
+
+
+def _importance(study: optuna.Study, place: int, said: dict[str, Any]) -> Any:
+    """What it takes to reach good values. With several objectives Optuna takes low ones for good, and says so."""
+    if len(study.directions) > 1:
+        sign = -1 if study.directions[place] == optuna.study.StudyDirection.MAXIMIZE else 1
+        said = said | {"target": lambda t: sign * t.values[place]}
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "PedAnovaImportanceEvaluator computes the importances of params to achieve low"
+        )
+        return visualization.plot_param_importances(study, **said)
 
 
 def write(question: Question, study: Study, folder: Path, told: Sequence[str] = ()) -> list[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from opd_lab.compare.groups import groups
+from opd_lab.compare.groups import groups, texts
 from opd_lab.compare.printed import notes, render
 from opd_lab.compare.table import table
 from tests.compare.made_up import a_run
@@ -33,6 +33,16 @@ def test_variants_of_a_method_are_rows_of_their_own_and_never_pooled_as_seeds(tm
     runs = [a_run(tmp_path, "opd", seed, [1], lr=lr) for lr in (0.1, 0.2) for seed in (0, 1)]
     assert sorted(g.label for g in groups(runs)) == ["opd optim.lr=0.1", "opd optim.lr=0.2"]
     assert [len(g.folders) for g in groups(runs)] == [2, 2]
+
+
+def test_drawn_numbers_are_named_by_as_few_digits_as_tell_them_apart(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path, "opd", 0, [1], lr=lr) for lr in (0.88449963, 0.00123456, 0.0003)]
+    assert sorted(g.label for g in groups(runs)) == [
+        "opd optim.lr=0.0003",
+        "opd optim.lr=0.00123",
+        "opd optim.lr=0.884",
+    ]
+    assert texts([0.88449963, 0.88441963, None, True]) == ["0.8845", "0.8844", "None", "True"]
 
 
 def test_keys_that_differ_besides_method_and_seed_are_named(tmp_path: Path) -> None:

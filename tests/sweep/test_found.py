@@ -121,3 +121,19 @@ def test_the_table_the_note_and_the_page(tmp_path):
     assert "&lt;/script&gt;" in page and "cdn" not in page.split("<h2>")[0]
     assert page.count('<script src="http') == page.count("<link") == 0
     assert [t.number for t in found.ranked(bench.study)] == [2, 0]
+
+
+def test_a_param_matters_that_good_values_need_also_where_there_are_several_objectives():
+    """a: the good half is the work of x alone, the bad half that of y alone. b is small where a is large."""
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    space = {name: optuna.distributions.FloatDistribution(0, 1) for name in "xy"}
+    for x in range(20):
+        for y in range(5):
+            a = x / 20 if x >= 10 else y / 20
+            at = {"x": x / 19, "y": y / 4}
+            study.add_trial(create_trial(values=[a, -a], params=at, distributions=space))
+    pictures = dict(found.figures(study, ["a", "b"]))
+    for name in "ab":
+        (bars,) = pictures[f"{name}: how much each param matters"].data
+        share = dict(zip(bars.y, bars.x))
+        assert share["x"] > 3 * share["y"]
