@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -102,17 +103,30 @@ def bounds(metric: str) -> tuple[float, float]:
 
 def _over_problems(rows: Any, split: str, k: int, evaluations: Any) -> None:
     """Put the interval of `table` in place, at each step at which all seeds that are there kept their problems."""
+    import pandas as pd
+
     if "set" not in evaluations:
         return
-    mine = evaluations[evaluations["set"] == split]
-    mine = mine.assign(folder=mine["folder"].astype(str), share=pass_at_k(mine["n"], mine["correct"], k))
-    share = mine.groupby(["step", "folder", "problem"])["share"].mean().unstack("problem")
-    place_of = {step: place for place, step in enumerate(rows["step"])}
-    for step, correct in share.groupby(level="step"):
-        correct_SP = correct.dropna(axis="columns").to_numpy()
-        place = place_of.get(step)
-        if place is None or len(correct_SP) != rows["seeds"][place] or correct_SP.shape[1] < 2:
+    mine = evaluations[(evaluations["set"] == split) & evaluations["step"].isin(rows["step"])]
+    (at_M, steps), (seed_M, seeds), (problem_M, problems) = (
+        pd.factorize(mine[name].to_numpy()) for name in ("step", "folder", "problem")
+    )
+    shape = len(steps), len(seeds), len(problems)
+    cell_M = np.ravel_multi_index((at_M, seed_M, problem_M), shape)
+    total, count = (
+        np.bincount(cell_M, weight_M, minlength=math.prod(shape)).reshape(shape)
+        for weight_M in (pass_at_k(mine["n"].to_numpy(), mine["correct"].to_numpy(), k), None)
+    )
+    columns = ["mean", "low", "high", "speaks_of"]
+    changed = {name: rows[name].to_numpy(copy=True) for name in columns}
+    for step, total_SP, count_SP in zip(steps, total, count):
+        here_S = count_SP.any(1)
+        kept_P = count_SP[here_S].all(0)
+        place = int(np.searchsorted(rows["step"], step))
+        if here_S.sum() != rows["seeds"][place] or kept_P.sum() < 2:
             continue
-        found = statistics.accuracy(correct_SP)
-        columns = ["mean", "low", "high", "speaks_of"]
-        rows.loc[place, columns] = [float(found.value), *found.within(0.0, 1.0), found.speaks_of]
+        found = statistics.accuracy((total_SP / count_SP.clip(min=1))[here_S][:, kept_P])
+        for name, value in zip(columns, (float(found.value), *found.within(0.0, 1.0), found.speaks_of)):
+            changed[name][place] = value
+    for name, values in changed.items():
+        rows[name] = values
