@@ -32,14 +32,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
-from scipy.optimize import elementwise
+from scipy import special
 
 Array = NDArray[np.float64]
 
 LEVEL = 0.95  # of every interval
 SMALLEST_P = 1e-12  # below, a p-value says no more
 MOST_SEEDS, MOST_PROBLEMS = 1000, 10**6  # what `needed` still calls possible
+
+
+def t_beyond(share: Any, df: Any) -> Array:
+    """What Student's t exceeds in so small a share of cases (`scipy.stats.t.isf`, whose import takes half a second)."""
+    return -special.stdtrit(df, share)
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ class Estimate:
         return np.sqrt(self.problems + self.seeds)
 
     def half_width(self, alpha: float | Array = 1 - LEVEL) -> Array:
-        t_problems = stats.t.isf(np.asarray(alpha) / 2, self.problems_df)
-        t_seeds = stats.t.isf(np.asarray(alpha) / 2, self.seeds_df)
+        t_problems = t_beyond(np.asarray(alpha) / 2, self.problems_df)
+        t_seeds = t_beyond(np.asarray(alpha) / 2, self.seeds_df)
         return np.sqrt(t_problems**2 * self.problems + t_seeds**2 * self.seeds)
 
     def interval(self) -> tuple[Array, Array]:
@@ -72,11 +76,13 @@ class Estimate:
 
     def p_value(self, null: float = 0.0) -> Array:
         """Of value = null, two-sided: one minus the level of the interval that ends there."""
+        from scipy.optimize import elementwise  # late: no picture of a curve needs it
+
         off = np.abs(self.value - null)
 
         def beyond(log_p: Array, off: Array, *spread: Array) -> Array:
             problems, df, seeds, seeds_df = spread
-            t = stats.t.isf(np.exp(log_p) / 2, [df, seeds_df])
+            t = t_beyond(np.exp(log_p) / 2, np.stack([df, seeds_df]))
             return np.sqrt(t[0] ** 2 * problems + t[1] ** 2 * seeds) - off
 
         spread = (self.problems, np.full_like(off, self.problems_df), self.seeds, self.seeds_df)
@@ -176,7 +182,7 @@ def needed(a_SP: Array, b_SP: Array, alpha: float, power: float = 0.8) -> Needed
     found = difference(a_SP, b_SP)
     S = np.array([a_SP.shape[0], b_SP.shape[0]])
     P = a_SP.shape[1]
-    off, z = abs(float(found.value)), float(stats.norm.ppf(power))
+    off, z = abs(float(found.value)), float(special.ndtri(power))
     grid_P = np.unique(np.geomspace(2, MOST_PROBLEMS, 4000).round())
     if (S < 2).any():  # these very runs, on other problems
         per_problem = found.problems * P
@@ -208,7 +214,7 @@ def _first(
     seeds_df_G: Array,
 ) -> float:
     """The first place of the grid at which the interval is narrow enough."""
-    t_problems_G, t_seeds_G = stats.t.isf(alpha / 2, problems_df_G), stats.t.isf(alpha / 2, seeds_df_G)
+    t_problems_G, t_seeds_G = t_beyond(alpha / 2, problems_df_G), t_beyond(alpha / 2, seeds_df_G)
     half_G = np.sqrt(t_problems_G**2 * problems_G + t_seeds_G**2 * seeds_G)
     enough_G = half_G + z * np.sqrt(problems_G + seeds_G) <= off
     return float(grid_G[enough_G.argmax()]) if enough_G.any() else math.inf
