@@ -82,7 +82,7 @@ CORE = [
        ("if record.solution is not None}", "if record.solution is None}"),
     ),
     *of("compare/budget.py", "compare/test_curves.py",
-       ('- 2 * totals["cost/dataset_tokens"]', '+ 2 * totals["cost/dataset_tokens"]'),
+       ('student_tokens - 2 * dataset_tokens', 'student_tokens + 2 * dataset_tokens'),
     ),
     *of("optimize.py", "test_optimize.py",
        ("(step + 1) / optim.warmup_steps", "step / optim.warmup_steps"),
