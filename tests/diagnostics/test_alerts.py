@@ -262,7 +262,7 @@ def test_a_learning_rate_far_too_high_on_the_lab(tmp_path: Path) -> None:
 def test_a_teacher_worse_than_its_student_on_the_lab(tmp_path: Path) -> None:
     swapped = ["model.student.path=lab:teacher", "model.teacher.path=lab:student", "optim.lr=1e-3"]
     folder = run(tmp_path, *LATER, *swapped, "evaluate.problems=24").folder
-    assert {alarm for _, alarm in table(folder)} == {"below_start", "agreement_trap"}
+    assert {alarm for _, alarm in table(folder)} == {"below_start", "agreement_trap", "accuracy_drop"}
 
 
 def test_a_healthy_run_of_the_lab_raises_none(tmp_path: Path) -> None:
