@@ -110,7 +110,7 @@ def _answer(selected: Selected, unfinished: bool, baseline: str | None) -> Itera
 
 def _search(selected: Selected) -> Iterator[Section]:
     """A sweep over hyperparameters, not over methods alone."""
-    searched = [name for name in sweep.searchable(selected) if name != "method"]
+    searched = sweep.searchable(selected)
     study = (sweep.study_with(selected) or sweep.study_of(selected)) if searched else None
     varied = {name for trial in study.trials for name in trial.params} if study is not None else set()
     if study is not None and varied - {"method"}:

@@ -197,7 +197,7 @@ def show_search(selected: Selected) -> None:
     chosen = st.selectbox("Study", names, key="study", bind="query-params")
     stored = [path for path in journals if path.stem == chosen]
     study = sweep.load(stored[0]) if stored else sweep.study_of(selected)
-    if found := [name for name in sweep.searchable(selected) if name != "method"]:
+    if found := sweep.searchable(selected):
         parameter = st.selectbox("Hyperparameter", found, key="parameter", bind="query-params")
         draw(sweep.response(selected, parameter))
     if study is None:

@@ -23,10 +23,11 @@ def a_run(
     lr: float = 0.1,
     final: float = 0.5,
     status: str = "FINISHED",
+    own: str = "",
     **tags: str,
 ) -> Path:
     """Steps 0, 1, 2. Accuracy goes from 0.25 to `final`; a step costs 100 and 50 tokens, and 2 seconds."""
-    folder, tracker = home / f"{method}-{lr}-s{seed}", RunFolder()
+    folder, tracker = home / f"{method}{own}-{lr}-s{seed}", RunFolder()
     params = {
         "seed": seed,
         "steps": 2,
@@ -34,6 +35,7 @@ def a_run(
         "optim.lr": lr,
         "optim.updates_per_rollout": 1,
         "method._target_": method,
+        **({"method.own": own} if own else {}),
     }
     sizes = {"student_parameters": "10", "teacher_parameters": "30"}
     tracker.start(

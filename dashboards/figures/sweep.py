@@ -131,11 +131,12 @@ def response(selected: Selected, parameter: str = "optim.lr") -> go.Figure:
         return empty(
             question, f"The finished runs here do not differ in {parameter}; choose another, or sweep over it."
         )
+    table = table.dropna(subset=parameter)  # methods that have no such setting
     numbers: Frame = pd.to_numeric(table[parameter], errors="coerce")
     table = table.assign(at=table[parameter].astype(str) if numbers.isna().any() else numbers)
     figure = go.Figure()
     labels = selected.present(table)
-    families = {label: label.split(" ")[0] for label in labels}
+    families = {label: _family(label) for label in labels}
     for family in dict.fromkeys(families.values()):
         mine = table[table["label"].map(families) == family]
         style = selected.styles[next(label for label in labels if families[label] == family)]
@@ -158,7 +159,7 @@ def response(selected: Selected, parameter: str = "optim.lr") -> go.Figure:
                 x=mean.index, y=mean, mode="lines", name=short(family), legendgroup=family, line=line, hoverinfo="skip"
             )
         )
-    kind = "log" if not numbers.isna().any() and _is_log(numbers.tolist()) else None
+    kind = "category" if numbers.isna().any() else "log" if _is_log(numbers.tolist()) else None
     figure.update_xaxes(title_text=parameter, type=kind)
     figure.update_yaxes(title_text=objective)
     best = table.loc[table["value"].idxmin() if "kl" in objective else table["value"].idxmax()]
@@ -171,8 +172,16 @@ def response(selected: Selected, parameter: str = "optim.lr") -> go.Figure:
 
 
 def searchable(selected: Selected) -> list[str]:
-    """Hyperparameters in which the runs differ."""
-    return [name for name in _objectives(selected)[0] if _searched(name)]
+    """Hyperparameters in which runs of one method differ; what only tells methods apart was not searched."""
+    table, _ = _objectives(selected)
+    names = [name for name in table if _searched(name) and name != "method"]
+    values: Frame = table.groupby(table["label"].map(_family))[names].nunique() if names else table
+    return [name for name in names if values[name].max() > 1]
+
+
+def _family(label: str) -> str:
+    """The method of a label, without its settings."""
+    return label.split(" ")[0]
 
 
 def _objectives(selected: Selected, keep: str = "") -> tuple[Frame, str]:

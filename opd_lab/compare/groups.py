@@ -33,16 +33,21 @@ def groups(runs: read.Runs, statuses: Collection[str] | None = ("FINISHED",)) ->
     pooled: dict[str, list[Path]] = {}
     for folder in chosen:
         pooled.setdefault(setting(said[folder]), []).append(folder)
-    names = [method_name(said[folders[0]]) for folders in pooled.values()]
-    out = []
-    for name, (text, folders) in zip(names, pooled.items()):
-        alike = [json.loads(other) for other, n in zip(pooled, names) if n == name]
-        place = [other for other, n in zip(pooled, names) if n == name].index(text)
-        apart = [
-            f"{key.removeprefix('method.')}={texts([one.get(key) for one in alike])[place]}" for key in differing(alike)
-        ]
-        out.append(Group(" ".join([name, *apart]), folders, json.loads(text)))
-    return out
+    alike: dict[str, dict[str, dict[str, Any]]] = {}  # method -> its settings
+    for text, folders in pooled.items():
+        alike.setdefault(method_name(said[folders[0]]), {})[text] = json.loads(text)
+    label = {text: name for method, settings in alike.items() for text, name in _labels(method, settings).items()}
+    return [Group(label[text], folders, json.loads(text)) for text, folders in pooled.items()]
+
+
+def _labels(method: str, settings: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What each setting of a method is called: the method, and the values in which it differs from the others."""
+    params = list(settings.values())
+    said = {key: texts([one.get(key) for one in params]) for key in differing(params)}
+    return {
+        text: " ".join([method, *(f"{key.removeprefix('method.')}={values[place]}" for key, values in said.items())])
+        for place, text in enumerate(settings)
+    }
 
 
 def setting(said: Status) -> str:
@@ -65,12 +70,12 @@ def differing(params: list[dict[str, Any]]) -> list[str]:
 
 def texts(values: list[Any]) -> list[str]:
     """Each value in a few characters: a long number with as few digits, three or more, as tell it from the others."""
-    known, shown = {json.dumps(value) for value in values}, list(map(str, values))
+    different = len({json.dumps(value) for value in values})
     for digits in range(3, 17):
         few = [f"{v:.{digits}g}" if isinstance(v, float) and len(str(v)) > LONG else str(v) for v in values]
-        if len(set(few)) == len(known):
+        if len(set(few)) == different:
             return few
-    return shown
+    return list(map(str, values))
 
 
 def settings_tried(found: list[Group]) -> dict[str, int]:

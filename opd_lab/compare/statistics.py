@@ -42,7 +42,7 @@ MOST_SEEDS, MOST_PROBLEMS = 1000, 10**6  # what `needed` still calls possible
 
 
 def t_beyond(share: Any, df: Any) -> Array:
-    """What Student's t exceeds in so small a share of cases (`scipy.stats.t.isf`, whose import takes half a second)."""
+    """What Student's t exceeds in so small a share of cases (`scipy.stats.t.isf`, without its slow import)."""
     return -special.stdtrit(df, share)
 
 

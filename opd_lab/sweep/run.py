@@ -95,7 +95,7 @@ def _close(question: Question, trials: Trials, experiment: Path) -> tuple[int, l
     if told:
         print("\n" + "\n".join(told))
     if done and searched:
-        print("\na candidate: opd-lab confirm (sweep.confirm.top=1) holds the best against the defaults on other seeds")
+        print("\na candidate: `opd-lab confirm NAME`, or this command with sweep.confirm.top=1, tries other seeds")
     if s.pruner:
         print(found.saved(study.trials()))
     if trials.stopped:

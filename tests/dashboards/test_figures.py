@@ -241,6 +241,19 @@ def test_plain_runs_are_trials_of_a_study(tmp_path: Path) -> None:
     assert "Which settings do good trials have in common?" in shown
 
 
+def test_a_setting_that_only_tells_methods_apart_was_not_searched(tmp_path: Path) -> None:
+    """`own` is a key of one method alone; with two values of it there is something to see, for that method only."""
+    a_run(tmp_path, "opd")
+    a_run(tmp_path, "scope", own="left", final=0.3)
+    assert sweep.searchable(select(tmp_path)) == []
+    a_run(tmp_path, "scope", own="right", final=0.6)
+    found = select(tmp_path)
+    assert sweep.searchable(found) == ["method.own"]
+    figure = sweep.response(found, "method.own")
+    assert figure.layout.xaxis.type == "category"
+    assert [(list(dots.x), list(dots.y)) for dots in figure.data[::2]] == [(["left", "right"], [0.3, 0.6])]
+
+
 def test_the_study_that_made_the_runs_is_found_with_what_it_pruned(tmp_path: Path) -> None:
     home = tmp_path / "x"
     runs = [a_run(home, "opd", lr=lr) for lr in (1e-3, 1e-2, 1e-1)]
