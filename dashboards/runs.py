@@ -14,8 +14,8 @@ import pandas as pd
 
 from dashboards.style import Style, styles
 from opd_lab.compare.curves import curve
-from opd_lab.compare.groups import Group, groups
-from opd_lab.compare.table import Comparison, table
+from opd_lab.compare.groups import Group, groups, params_of
+from opd_lab.compare.table import Comparison, compare
 from opd_lab.tracking import read
 
 Frame = Any  # a table or column of pandas, whose own types know less than its documentation
@@ -93,7 +93,7 @@ class Selected:
             ValueError: there is none, or no such baseline.
         """
         stamps = tuple(_stamp(folder) for folder in self.folders)
-        return _compared(tuple(map(str, self.folders)), baseline, stamps)
+        return _compared(tuple((group.label, *group.folders) for group in self.groups), baseline, stamps)
 
 
 def select(runs: read.Runs, statuses: Collection[str] = STATUSES) -> Selected:
@@ -178,8 +178,8 @@ def _logged(folder: str, stamp: float) -> Logged:
 
 
 @lru_cache(READ_TABLES)
-def _compared(folders: tuple[str, ...], baseline: str | None, stamps: tuple[float, ...]) -> Comparison:
-    return table(folders, baseline)
+def _compared(groups: tuple[tuple[Any, ...], ...], baseline: str | None, stamps: tuple[float, ...]) -> Comparison:
+    return compare([Group(label, folders, params_of(folders[0])) for label, *folders in groups], baseline)
 
 
 @lru_cache(READ_TABLES)

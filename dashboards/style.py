@@ -43,14 +43,14 @@ class Style:
 
 def styles(labels: Iterable[str]) -> dict[str, Style]:
     """A style per method: a pure function of its name, but for two names of one comparison that fall on the same place,
-    of which the later in the alphabet moves on to the next."""
-    taken: dict[int, str] = {}
+    of which the later in the alphabet moves on to the next. Of more names than there are styles, some share one."""
+    places: dict[str, int] = {}
     for label in sorted(set(labels), key=lambda label: (_family(label) not in PLACES, label)):
-        place = _place(label)
+        place, taken = _place(label), set(places.values())
         while place in taken and len(taken) < STYLES:
             place = (place + 1) % STYLES
-        taken[place] = label
-    return {label: _style(place) for place, label in taken.items()}
+        places[label] = place
+    return {label: _style(place) for label, place in places.items()}
 
 
 def _family(label: str) -> str:

@@ -13,7 +13,7 @@ from dashboards import style
 from dashboards.figures import accuracy, alarms, cost, divergence, estimators, papers, rollouts, sweep, tokens
 from dashboards.runs import AXES, Frame, Selected, params
 from opd_lab.compare import printed
-from opd_lab.compare.groups import groups
+from opd_lab.compare.groups import finished
 from opd_lab.compare.guard import CONVENTIONS, conventions
 from opd_lab.tracking import coloured
 
@@ -91,7 +91,7 @@ def show_accuracy(selected: Selected) -> None:
 
 def comparison(selected: Selected) -> None:
     """The final table, every method against a baseline, and what must be known to believe them."""
-    labels = [group.label for group in groups(selected.folders)]
+    labels = [group.label for group in finished(selected.groups)]
     if not labels:
         st.info("No run has finished yet: the comparison comes with the first.")
         return

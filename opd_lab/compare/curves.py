@@ -52,7 +52,7 @@ def curves(runs: read.Runs, metric: str, x: str = "steps") -> DataFrame:
     import pandas as pd
 
     same_axis(runs, metric)
-    found = groups(runs, statuses=None)
+    found = groups(runs)
     frames: list[Any] = [
         frame.assign(method=group.label) for group in found if len(frame := curve(group.folders, metric, x))
     ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ class Group:
     params: dict[str, Any]  # without the seed
 
 
-def groups(runs: read.Runs, statuses: Collection[str] | None = ("FINISHED",)) -> list[Group]:
+def groups(runs: read.Runs, statuses: Collection[str] | None = None) -> list[Group]:
     """The runs of these statuses (None: any) by method, in the order in which they started. Variants of a method are
-    told apart by their own settings."""
+    told apart by their own settings, so a label depends on which runs there are: whoever needs the same labels for some
+    of them keeps the groups."""
     said = {folder: read.status(folder) for folder in read.folders(runs)}
     chosen = sorted(
         (f for f in said if statuses is None or said[f]["status"] in statuses), key=lambda f: said[f]["started"]
@@ -50,12 +51,23 @@ def _labels(method: str, settings: dict[str, dict[str, Any]]) -> dict[str, str]:
     }
 
 
+def finished(found: Sequence[Group]) -> list[Group]:
+    """The same methods under the same labels, with the runs that have finished; those that have none are left out."""
+    ended = [replace(one, folders=[f for f in one.folders if read.status(f)["status"] == "FINISHED"]) for one in found]
+    return [group for group in ended if group.folders]
+
+
 def setting(said: Status) -> str:
     """What all seeds of a method have in common, as text."""
     params = said["params"]
     return json.dumps(
         {k: v for k, v in params.items() if k != "seed" and not k.startswith("tracking.")}, sort_keys=True
     )
+
+
+def params_of(folder: Path) -> dict[str, Any]:
+    """The params of a group, of one of its runs."""
+    return json.loads(setting(read.status(folder)))
 
 
 def method_name(said: Status) -> str:

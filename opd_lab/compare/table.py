@@ -6,13 +6,13 @@ two methods are those of `statistics`: they speak of other problems, and of othe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from opd_lab.compare import budget, statistics
 from opd_lab.compare.budget import Equality, equalities, metrics_of
-from opd_lab.compare.groups import Group, differing, groups, settings_tried
+from opd_lab.compare.groups import Group, differing, finished, groups, settings_tried
 from opd_lab.compare.scores import Scores, paired, scores
 from opd_lab.tracking import read
 
@@ -64,10 +64,16 @@ def table(runs: read.Runs, baseline: str | None = None) -> Comparison:
     Raises:
         ValueError: there is no finished run, or no such baseline.
     """
+    return compare(groups(runs), baseline)
+
+
+def compare(methods: Sequence[Group], baseline: str | None = None) -> Comparison:
+    """As `table`, of methods that have their labels already."""
     import pandas as pd
 
-    found = groups(runs)
-    left_out = [f.name for f in read.folders(runs) if read.status(f)["status"] != "FINISHED"]
+    found = finished(methods)
+    ended = {folder for group in found for folder in group.folders}
+    left_out = sorted(f.name for group in methods for f in group.folders if f not in ended)
     if not found:
         raise ValueError(f"a comparison needs finished runs, got {', '.join(left_out)}, none of which has finished")
     held_against = _baseline([group.label for group in found], baseline)

@@ -241,6 +241,18 @@ def test_plain_runs_are_trials_of_a_study(tmp_path: Path) -> None:
     assert "Which settings do good trials have in common?" in shown
 
 
+def test_a_method_keeps_its_label_where_some_runs_are_left_out(tmp_path: Path) -> None:
+    """0.8844 and 0.8845 need four digits as long as both are there, the second of which has not finished."""
+    for lr, status in ((0.88441, "FINISHED"), (0.88449, "FAILED"), (0.2, "FINISHED")):
+        a_run(tmp_path, "opd", lr=lr, status=status)
+    found = select(tmp_path)
+    assert found.labels == ["opd optim.lr=0.8844", "opd optim.lr=0.8845", "opd optim.lr=0.2"]
+    assert list(found.compared().rows["method"]) == ["opd optim.lr=0.8844", "opd optim.lr=0.2"]
+    one = found.only(["opd optim.lr=0.8844"])
+    assert list(one.compared().rows["method"]) == ["opd optim.lr=0.8844"]
+    assert style.words(accuracy.final(one))["question"]
+
+
 def test_a_setting_that_only_tells_methods_apart_was_not_searched(tmp_path: Path) -> None:
     """`own` is a key of one method alone; with two values of it there is something to see, for that method only."""
     a_run(tmp_path, "opd")

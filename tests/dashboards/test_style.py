@@ -46,3 +46,5 @@ def test_no_two_methods_look_alike() -> None:
     assert len({style.colour for style in styles(PLACES[:6]).values()}) == 6
     many = styles(f"method {i}" for i in range(STYLES))
     assert len(set(many.values())) == STYLES == 168
+    crowd = [f"method {i}" for i in range(STYLES + 40)]
+    assert set(styles(crowd)) == set(crowd)  # some share a style, none is without
