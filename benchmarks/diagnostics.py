@@ -1,6 +1,6 @@
 """What the diagnostics and the tracking cost, side by side in one process.
 
-    python benchmarks/diagnostics.py [lab | large | tracking | memory ...]
+    python benchmarks/diagnostics.py [lab | large | tracking | memory | real ...]
 
 lab       steps of plain OPD on the embedded lab, with all diagnostics and with none, in turn; both train alike, so each
           pair of steps has the same tokens
@@ -8,8 +8,10 @@ large     the signals pass and the observation of 2,048 tokens at a vocabulary o
           weights, recording everything against recording nothing, in turn
 tracking  lab runs with run folder and MLflow and without any tracker, in turn; what the end of a run costs is apart
 memory    bytes of all that the diagnostics remember, over 10,000 made-up steps
+real      steps of plain OPD of two models with the shapes of Qwen3 of 0.6 and 1.7 billion parameters in bf16, random
+          weights, with all diagnostics and with none, in turn; wants a CUDA device
 
-Without a word all four. Printed are medians and ratios.
+Without a word the first four. Printed are medians and ratios. Where there is a CUDA device, it does the work.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +29,26 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opd_lab import checkpoint, config
+from opd_lab import checkpoint, config, models
 from opd_lab.chunk import Head, States
 from opd_lab.diagnostics import RECORD, RECORD_DUE, due
 from opd_lab.diagnostics.watch import Watch
+from opd_lab.lab_models import lab_tokenizer
+from opd_lab.models import LM
 from opd_lab.run import identity, load_parts, trackers
 from opd_lab.settings import RunSettings
 from opd_lab.signals import objective
+from opd_lab.teacher.local import LocalTeacher
 from opd_lab.tracking.tracker import FanOut, Tracker
 from opd_lab.train import Trainer
 from opd_lab.types import REVERSE_KL, Batch, Report, Rollouts, Source, Tokens, scatter
 
 VOCABULARY, WIDTH, TOKENS, CHUNK = 151_936, 1_024, 2_048, 512
+REAL = ["rollout.max_tokens=128", "evaluate.max_tokens=128", "optim.micro_batch=16", "optim.chunk_tokens=1024"]
+REAL += ["optim.lr=1e-6", "diagnostics.every=5"]
+SHAPES = {"student": (1_024, 3_072), "teacher": (2_048, 6_144)}  # width and inner width, 28 layers each
 LAB_STEPS, TRACKED_STEPS, TRACKED_ROUNDS = 110, 50, 4
 
 
@@ -49,10 +59,10 @@ class Unwatched(Watch):
         return Report(batch.step)
 
 
-def lab_settings(folder: Path) -> RunSettings:
+def lab_settings(folder: Path, *more: str) -> RunSettings:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
-        return config.settings_of(compose("config", ["steps=1000", f"tracking.folder={folder}"]))
+        return config.settings_of(compose("config", ["steps=1000", f"tracking.folder={folder}", *more]))
 
 
 def trainer(folder: Path, tracker: Tracker) -> Trainer:
@@ -60,9 +70,8 @@ def trainer(folder: Path, tracker: Tracker) -> Trainer:
     return Trainer(settings, load_parts(settings, lambda note: None), tracker, folder, say=lambda line: None)
 
 
-def bare(folder: Path) -> Trainer:
+def blind(made: Trainer) -> Trainer:
     """A trainer that records nothing and looks at nothing."""
-    made = trainer(folder, FanOut([]))
     made.record = made.record_due = frozenset()
     made.watch = Unwatched(made.settings, [], made.parts.student.vocabulary, str)
     return made
@@ -71,6 +80,8 @@ def bare(folder: Path) -> Trainer:
 def timed(work: Any) -> float:
     begin = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - begin
 
 
@@ -87,7 +98,7 @@ def show(name: str, with_s: list[float], without_s: list[float]) -> None:
 
 
 def lab(folder: Path) -> None:
-    watched, plain = trainer(folder, FanOut([])), bare(folder)
+    watched, plain = trainer(folder, FanOut([])), blind(trainer(folder, FanOut([])))
     pairs = [(timed(watched.advance), timed(plain.advance)) for _ in range(LAB_STEPS)]
     tables = watched.settings.diagnostics.every
     kinds = {
@@ -99,22 +110,64 @@ def lab(folder: Path) -> None:
         show(name, *([pair[i] for pair in some] for i in range(2)))
 
 
+@torch.no_grad()
+def made_model(name: str, place: torch.device) -> LM:
+    """Random weights; its tokenizer is the lab's, which knows the first ids only."""
+    width, inner = SHAPES[name]
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=inner, num_hidden_layers=28,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=1_024,
+        tie_word_embeddings=True, eos_token_id=1, pad_token_id=0, dtype=torch.bfloat16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with place:
+        module = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    return models.wrap(module, lab_tokenizer(), name=name, path=name)
+
+
+def real(folder: Path) -> None:
+    place = models.resolve("auto")
+    if place.type != "cuda":
+        raise SystemExit("`real` wants a CUDA device: on a CPU a step of it takes minutes")
+    settings = lab_settings(folder, *REAL)
+    parts = load_parts(settings, lambda note: None)
+    teacher = LocalTeacher(made_model("teacher", place).freeze())
+    made = [
+        Trainer(settings, replace(parts, student=student, teacher=teacher), FanOut([]), folder, say=lambda line: None)
+        for student in (made_model("student", place) for _ in range(2))
+    ]
+    watched, plain = made[0], blind(made[1])
+    pairs = [(timed(watched.advance), timed(plain.advance)) for _ in range(2 * settings.diagnostics.every + 1)]
+    show("real, one step", *([pair[i] for pair in pairs[1:]] for i in range(2)))
+    report = watched.advance()
+    phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in watched.clock.items())
+    print(
+        f"real, {torch.cuda.get_device_name()}: {phases}; {report.scalars['time/tokens_per_second']:,.0f} tokens/s; "
+        f"peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB",
+        flush=True,
+    )
+
+
 def large(folder: Path) -> None:
     """Forward and backward of plain OPD on given hidden states, then what the trainer makes of the record."""
-    generator = torch.Generator().manual_seed(0)
+    generator, place = torch.Generator().manual_seed(0), models.resolve("auto")
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator) * scale
+        return (torch.randn(*shape, generator=generator) * scale).to(place)
 
     rollouts = made_up(16, TOKENS // 16, VOCABULARY, generator)
+    rollouts = replace(
+        rollouts,
+        **{f.name: v.to(place) for f in fields(rollouts) if isinstance(v := getattr(rollouts, f.name), Tensor)},
+    )
     mask_BT = rollouts.mask_BT
     hidden_NH, weight_VH = normal(TOKENS, WIDTH), normal(VOCABULARY, WIDTH, scale=0.05)
     teacher = States(hidden_NH + normal(TOKENS, WIDTH, scale=0.3), Head(weight_VH))
     head = Head(weight_VH.clone().requires_grad_())
     tokens = Tokens(
         ids_N=rollouts.response_BT[mask_BT],
-        row_N=torch.arange(len(rollouts)).repeat_interleave(TOKENS // 16),
-        position_N=torch.arange(TOKENS // 16).repeat(16),
+        row_N=torch.arange(len(rollouts), device=place).repeat_interleave(TOKENS // 16),
+        position_N=torch.arange(TOKENS // 16, device=place).repeat(16),
         source_N=rollouts.source_BT[mask_BT],
         behavior_logp_N=rollouts.behavior_logp_BT[mask_BT],
         signals={},
@@ -130,7 +183,7 @@ def large(folder: Path) -> None:
             lambda tokens: {"opd": tokens[REVERSE_KL]},
             tokens,
             frozenset({REVERSE_KL}),
-            {"opd": torch.ones(TOKENS)},
+            {"opd": torch.ones(TOKENS, device=place)},
             {"opd": TOKENS},
             States(hidden_NH.clone().requires_grad_(), head),
             teacher,
@@ -149,7 +202,8 @@ def large(folder: Path) -> None:
     one(False)
     pairs = [(timed(lambda: one(True)), timed(lambda: one(False))) for _ in range(every)]  # one of them shows tables
     show(
-        f"large ({TOKENS:,} tokens, vocabulary {VOCABULARY:,}, width {WIDTH:,}, {torch.get_num_threads()} threads)",
+        f"large ({TOKENS:,} tokens, vocabulary {VOCABULARY:,}, width {WIDTH:,}, {place.type}, "
+        f"{torch.get_num_threads()} threads)",
         *([pair[i] for pair in pairs] for i in range(2)),
     )
 
@@ -224,9 +278,10 @@ def made_up(rows: int, columns: int, vocabulary: int, generator: torch.Generator
 
 
 PARTS = {"lab": lab, "large": large, "tracking": tracking, "memory": memory}
+ASKED = PARTS | {"real": real}
 
 if __name__ == "__main__":
     config.register()
     with tempfile.TemporaryDirectory() as scratch:
         for word in sys.argv[1:] or PARTS:
-            PARTS[word](Path(scratch))
+            ASKED[word](Path(scratch))

@@ -14,6 +14,7 @@ from opd_lab.types import AFTER, Signal, hidden
 
 IN_CACHE = 1 << 18  # log-probs at a time
 LAST_AFTER = hidden("", (-1,), "token")  # the last block's states after each token
+HALF = (torch.bfloat16, torch.float16)
 NOWHERE = -1e9  # a logit whose probability is exactly 0 in any type; finite, so that no difference of two is NaN
 
 
@@ -36,11 +37,32 @@ class Head:
     def logits(self, hidden_NH: Tensor, weight_VH: Tensor | None = None, bias_V: Tensor | None = None) -> Tensor:
         weight_VH = self.weight_VH if weight_VH is None else weight_VH
         bias_V = self.bias_V if bias_V is None else bias_V
-        logits_NV = torch.nn.functional.linear(hidden_NH, weight_VH, bias_V)
-        logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+        logits_NV = _Project.apply(hidden_NH, weight_VH)
+        logits_NV = logits_NV if bias_V is None else logits_NV + bias_V
         logits_NV = logits_NV * self.scale if self.scale != 1.0 else logits_NV
         logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap) if self.softcap else logits_NV
         return merged(logits_NV, self.one_event) if self.one_event else logits_NV
+
+
+class _Project(torch.autograd.Function):
+    """h W^T, for factors of half precision too in float32: their products are exact there, and logits that were rounded
+    to 8 bits would make a KL wrong by parts in ten. What goes back is of the factors' own precision."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_NH, weight_VH)
+        if hidden_NH.dtype not in HALF:
+            return hidden_NH @ weight_VH.T
+        if hidden_NH.device.type == "cuda":
+            return torch.mm(hidden_NH, weight_VH.T, out_dtype=torch.float32)
+        return hidden_NH.float() @ weight_VH.float().T
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden_NH, weight_VH = ctx.saved_tensors
+        grad_NV = grad_outputs[0].to(hidden_NH.dtype)
+        for_hidden, for_weight = ctx.needs_input_grad
+        return grad_NV @ weight_VH if for_hidden else None, grad_NV.T @ hidden_NH if for_weight else None
 
 
 def merged(logits_NV: Tensor, ids: tuple[int, ...]) -> Tensor:

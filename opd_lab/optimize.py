@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from opd_lab.chunk import HALF
 from opd_lab.methods.base import Method
 from opd_lab.models import LM
 from opd_lab.settings import OptimSettings
@@ -40,10 +43,50 @@ def learning_rate(optim: OptimSettings, step: int, steps: int) -> float:
     return optim.lr * warm * fall
 
 
-def adamw(student: LM, optim: OptimSettings) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """AdamW on float32 copies of the parameters that are of half precision: these have 8 bits, and an update of less
+    than a 256th of a weight would be rounded away. A gradient is added up in the copy, the parameter keeps none."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], **how: Any) -> None:
+        own = list(parameters)
+        copies = [p.detach().float().requires_grad_() if p.dtype in HALF else p for p in own]
+        self.copied = [(p, copy) for p, copy in zip(own, copies) if copy is not p]
+        super().__init__(copies, **how)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Take the gradients that a backward pass left at the parameters."""
+        for own, copy in self.copied:
+            if own.grad is not None:
+                copy.grad = own.grad.float() if copy.grad is None else copy.grad.add_(own.grad)
+                own.grad = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().step(closure)
+        for own, copy in self.copied:
+            own.copy_(copy)
+
+    def state_dict(self) -> dict[str, Any]:
+        copies = {"copies": [copy.detach() for _, copy in self.copied]} if self.copied else {}
+        return super().state_dict() | copies
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        saved = dict(state_dict)
+        for (_, copy), value in zip(self.copied, saved.pop("copies", []), strict=True):
+            copy.copy_(value)
+        super().load_state_dict(saved)
+
+
+def adamw(student: LM, optim: OptimSettings) -> AdamW:
     beta1, beta2 = optim.betas
-    return torch.optim.AdamW(
-        student.module.parameters(), optim.lr, (beta1, beta2), optim.eps, weight_decay=optim.weight_decay
+    return AdamW(
+        student.module.parameters(),
+        lr=optim.lr,
+        betas=(beta1, beta2),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
     )
 
 
@@ -52,7 +95,7 @@ def learn(
     batch: Batch,
     views: list[View],
     student: StatesOf,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     optim: OptimSettings,
     *,
     rate: float,
@@ -81,6 +124,7 @@ def learn(
             chunk=optim.chunk_tokens,
             record=record | set(constants.values()) if first is None else frozenset(),
             old=None if first is None else {old: first.signals[now] for old, now in constants.items()},
+            collect=optimizer.collect,
         )
         now = _apply(optimizer, gradient, batch, optim.clip_norm)
         skipped += now == 0.0
@@ -98,7 +142,7 @@ def gradient_norms(
     batch: Batch,
     views: list[View],
     student: StatesOf,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     optim: OptimSettings,
 ) -> dict[str, float]:
     """The gradient norm of each term of the objective alone, before clipping: one forward and backward per term, after
@@ -108,7 +152,14 @@ def gradient_norms(
         optimizer.zero_grad(set_to_none=True)
         alone = {name: weight_BT * (name == term) for name, weight_BT in weights.items()}
         accumulate_gradient(
-            method, batch, alone, student, views, micro_batch=optim.micro_batch, chunk=optim.chunk_tokens
+            method,
+            batch,
+            alone,
+            student,
+            views,
+            micro_batch=optim.micro_batch,
+            chunk=optim.chunk_tokens,
+            collect=optimizer.collect,
         )
         norms[term] = _norm(_trained(optimizer))
     optimizer.zero_grad(set_to_none=True)
@@ -123,7 +174,7 @@ def _norm(parameters: list[torch.nn.Parameter]) -> float:
     return float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
-def _apply(optimizer: torch.optim.Optimizer, gradient: Gradient, batch: Batch, clip_norm: float | None) -> float:
+def _apply(optimizer: AdamW, gradient: Gradient, batch: Batch, clip_norm: float | None) -> float:
     """One optimizer step, or none where the gradient is 0; returns the gradient's norm before clipping."""
     parameters = _trained(optimizer)
     norm = _norm(parameters)

@@ -158,8 +158,10 @@ def accumulate_gradient(
     chunk: int,
     record: frozenset[Signal] = frozenset(),
     old: Mapping[Signal, Tensor] | None = None,
+    collect: Callable[[], None] = lambda: None,
 ) -> Gradient:
-    """Add the gradient of the step's objective to the student's parameters, one micro-batch after the other.
+    """Add the gradient of the step's objective to the student's parameters, one micro-batch after the other; `collect`
+    is called after each, and may take it away.
 
     `old` holds the constants from before the first update, from the second update on.
     """
@@ -186,6 +188,7 @@ def accumulate_gradient(
         add(out.tallies, seen.tallies)
         if value.requires_grad:
             value.backward()
+            collect()
         for term, share in seen.values.items():
             out.values[term] += share
         size = len(tokens.ids_N)

@@ -211,6 +211,8 @@ class Trainer:
     def timed(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
+        if self.parts.student.device.type == "cuda":  # what was launched belongs to who launched it
+            torch.cuda.synchronize(self.parts.student.device)
         self.clock[name] = self.clock.get(name, 0.0) + time.perf_counter() - begin
 
     # the run ----------------------------------------------------------------------------------------------------

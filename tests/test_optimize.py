@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lab_run import run, settings
+from lab_run import killed_after, run, settings
 
 from opd_lab import optimize
 from opd_lab.chunk import Head, States
 from opd_lab.methods.base import Method
-from opd_lab.optimize import DivergedError, gradient_norms, learning_rate
+from opd_lab.optimize import AdamW, DivergedError, gradient_norms, learning_rate
 from opd_lab.step import View
 from opd_lab.tracking import read
 from opd_lab.types import LOGP_STUDENT, Batch, Needs
@@ -94,10 +94,10 @@ def test_the_gradient_norm_of_each_term_by_hand(tmp_path):
         return States(theta.expand(int(rollouts.mask_BT.sum()), 1), head)
 
     batch = Batch(rollouts_of([[1], [1]], [[0, 1], [0]]), {})
-    sgd = torch.optim.SGD([theta], lr=1.0)
+    optimizer = AdamW([theta], lr=1.0)
     for micro_batch in (1, 2):
         optim = replace(settings(tmp_path).optim, micro_batch=micro_batch)
-        norms = gradient_norms(Two(), batch, [View(None, None)] * (3 - micro_batch), student, sgd, optim)
+        norms = gradient_norms(Two(), batch, [View(None, None)] * (3 - micro_batch), student, optimizer, optim)
         assert norms == pytest.approx({"up": 0.25, "down": 3 * 0.75})
     assert theta.grad is None
 
@@ -121,3 +121,56 @@ def test_terms_are_also_logged_under_the_names_of_their_paper(tmp_path):
     logged = {row["name"]: row["value"] for row in read.metrics(folder).to_dict("records")}
     for term in ("correct", "wrong"):
         assert logged[f"scope/{term}_gradient_norm"] == logged[f"gradient/{term}_norm"] > 0
+
+
+def test_small_updates_of_a_bfloat16_weight_are_not_lost():
+    """Adam moves by lr whatever the gradient. Below 1 the nearest bf16 number is .99609: a step of 1e-4 is nothing to a
+    weight of that type, a hundred of them are .01."""
+    weights = [torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16)) for _ in range(2)]
+    plain, ours = (
+        kind(weights[i : i + 1], lr=1e-4, weight_decay=0.0) for i, kind in enumerate((torch.optim.AdamW, AdamW))
+    )
+    for _ in range(100):
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        ours.collect()
+        plain.step()
+        ours.step()
+        ours.zero_grad()
+    assert [float(weight.detach()) for weight in weights] == [1.0, 0.98828125]  # 253/256 is next to .99 in bf16
+    assert float(ours.param_groups[0]["params"][0].detach()) == pytest.approx(0.99, abs=1e-5)
+
+
+def test_gradients_of_micro_batches_are_added_up_in_float32():
+    """256 + 1 is 256 in bf16."""
+    weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    optimizer = AdamW([weight], lr=0.1)
+    for size in (256.0, 1.0, 1.0):
+        (weight * size).sum().backward()
+        optimizer.collect()
+        assert weight.grad is None
+    assert float(optimizer.param_groups[0]["params"][0].grad) == 258.0
+
+
+def test_a_float32_student_has_no_copies(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = AdamW([weight], lr=0.1)
+    assert optimizer.param_groups[0]["params"][0] is weight
+    assert "copies" not in optimizer.state_dict()
+
+
+def test_a_bfloat16_student_learns_and_resumes_bit_for_bit(tmp_path):
+    words = ["model.student.dtype=bfloat16", "optim.lr=1e-5", "optim.micro_batch=3"]
+    whole = run(tmp_path / "whole", *words).folder
+    with killed_after(2):
+        run(tmp_path / "killed", *words)
+    again = run(tmp_path / "killed", *words).folder
+    one, other = (read.metrics(folder).set_index(["name", "step"])["value"] for folder in (whole, again))
+    names = [name for name in one.index if name[0].split("/")[0] not in ("time", "system")]
+    assert other[names].equals(one[names])
+    assert one["probe/reverse_kl_mean_nats", 4] < one["probe/reverse_kl_mean_nats", 0]
+
+
+def test_a_float16_student_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"model.student.dtype must be one of float32, bfloat16, got float16"):
+        run(tmp_path, "model.student.dtype=float16")

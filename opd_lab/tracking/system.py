@@ -5,9 +5,12 @@ MLflow's own monitor counts steps of its own and would mix them with the run's; 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 
 MEGABYTE = 1e6
+NVML = find_spec("pynvml") is not None  # `pip install opd_lab[gpu]`
 
 
 class System:
@@ -29,6 +32,20 @@ class System:
             "system/process_memory_usage_megabytes": self._process.memory_info().rss / MEGABYTE,
         }
         for gpu in range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ():
-            free, total = torch.cuda.mem_get_info(gpu)
-            out[f"system/gpu_{gpu}_memory_usage_megabytes"] = (total - free) / MEGABYTE
+            out |= {f"system/gpu_{gpu}_{name}": value for name, value in _gpu(gpu).items()}
         return out
+
+
+def _gpu(gpu: int) -> dict[str, float]:
+    """A device; `process_peak` is the most that this process has held at once. Only the vendor's library knows how
+    busy it is: without it, these two are absent."""
+    free, total = torch.cuda.mem_get_info(gpu)
+    out = {
+        "memory_usage_megabytes": (total - free) / MEGABYTE,
+        "memory_usage_percentage": 100 * (1 - free / total),
+        "process_peak_megabytes": torch.cuda.max_memory_allocated(gpu) / MEGABYTE,
+    }
+    if NVML:
+        out["utilization_percentage"] = float(torch.cuda.utilization(gpu))
+        out["power_usage_watts"] = torch.cuda.power_draw(gpu) / 1000
+    return out
