@@ -57,12 +57,13 @@ def objective(
     """
     counts_TN = torch.stack([weight_N != 0 for weight_N in weights.values()])
     trained_N = counts_TN.any(0)
-    kinds_TK = counts_TN[:, trained_N].unique(dim=1)
-    same_KN = (counts_TN[:, None, :] == kinds_TK[:, :, None]).all(0)
+    bit = {term: 1 << i for i, term in enumerate(reversed(weights))}
+    bit_T1 = torch.tensor([[bit[term]] for term in weights], device=counts_TN.device)
+    kind_N = (counts_TN * bit_T1).sum(0)
     parts = [
-        (rows, frozenset(term for term, on in zip(weights, kind_T.tolist()) if on))
-        for kind_T, same_N in zip(kinds_TK.T, same_KN)
-        for rows in same_N.nonzero()[:, 0].split(chunk)
+        (rows, frozenset(term for term, value in bit.items() if kind & value))
+        for kind in kind_N[trained_N].unique().tolist()
+        for rows in (kind_N == kind).nonzero()[:, 0].split(chunk)
     ]
     job = _Job(losses, tokens, declared, weights, kept, student, teacher, reference, record, tally, parts)
     head = student.head

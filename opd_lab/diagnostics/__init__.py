@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields, replace
 
 from torch import Tensor
 
@@ -40,7 +41,8 @@ def observe(
 ) -> Report:
     """What one step says. `weights` and `losses` have shape BT per term; `metrics` are the method's own, NaN where one
     does not exist at this step."""
-    losses, metrics = losses or {}, metrics or {}
+    batch, metrics = _on_cpu(batch), metrics or {}
+    weights, losses = ({term: v.cpu() for term, v in some.items()} for some in (weights, losses or {}))
     high_loss.add(batch)
     report = Report(batch.step, scalars(batch, weights, settings.high_loss_quantile))
     own = {name: float(value) for name, value in metrics.items() if not _is_histogram(value)}
@@ -74,6 +76,14 @@ def observe(
         sampled = {row["uid"] for row in report.tables["rollouts"]}
         report.tables["consulted"] = [{"step": batch.step, **row} for row in batch.shown if row["uid"] in sampled]
     return report
+
+
+def _on_cpu(batch: Batch) -> Batch:
+    """What is looked at here, brought over once: another device would be waited for at every number."""
+    r = batch.rollouts
+    own = {f.name: getattr(r, f.name).cpu() for f in fields(r) if f.name != "extra"}
+    rollouts = replace(r, **own, extra={name: value.cpu() for name, value in r.extra.items()})
+    return replace(batch, rollouts=rollouts, signals={s: value.cpu() for s, value in batch.signals.items()})
 
 
 _HISTOGRAMS = {
