@@ -47,7 +47,7 @@ from opd_lab.types import REVERSE_KL, Batch, Report, Rollouts, Source, Tokens, s
 
 VOCABULARY, WIDTH, TOKENS, CHUNK = 151_936, 1_024, 2_048, 512
 REAL = ["rollout.max_tokens=64", "evaluate.max_tokens=64", "optim.micro_batch=16", "optim.chunk_tokens=1024"]
-REAL += ["optim.lr=1e-6", "diagnostics.every=3"]
+REAL += ["optim.lr=1e-6", "diagnostics.every=2"]
 SHAPES = {"student": (1_024, 3_072), "teacher": (2_048, 6_144)}  # width and inner width, 28 layers each
 LAB_STEPS, TRACKED_STEPS, TRACKED_ROUNDS = 110, 50, 4
 

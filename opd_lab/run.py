@@ -55,8 +55,9 @@ def load_parts(settings: RunSettings, say: Say) -> Parts:
         ValueError: something cannot be loaded or cannot work together.
     """
     transformers.utils.logging.disable_progress_bar()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    on_cpu = models.resolve(settings.model.device).type == "cpu"
+    if settings.threads is not None or not on_cpu:  # beside a device, many threads wait for each other over little work
+        torch.set_num_threads(settings.threads or 1)
     method = method_of(settings.method, settings.allow)
     pair = settings.model
     student = models.load(pair.student, device=pair.device, name="student")

@@ -57,7 +57,7 @@ def objective(
     """
     counts_TN = torch.stack([weight_N != 0 for weight_N in weights.values()])
     trained_N = counts_TN.any(0)
-    bit = {term: 1 << i for i, term in enumerate(reversed(weights))}
+    bit = {term: 1 << i for i, term in enumerate(reversed(list(weights)))}
     bit_T1 = torch.tensor([[bit[term]] for term in weights], device=counts_TN.device)
     kind_N = (counts_TN * bit_T1).sum(0)
     parts = [

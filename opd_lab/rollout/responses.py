@@ -36,14 +36,20 @@ class Responses:
         source_R: Tensor | None,
         on_R: Tensor,
     ) -> None:
-        """Token t of the rows that are still running; without sources it is the student's."""
-        live_R, at_R1 = row_R[on_R], ids_R[:, None]
-        self.ids_BT[live_R, t] = ids_R[on_R]
-        self.source_BT[live_R, t] = Source.STUDENT if source_R is None else source_R[on_R]
-        self.behavior_logp_BT[live_R, t] = behavior_RV.gather(-1, at_R1)[on_R, 0]
-        self.logp_BT[live_R, t] = logp_RV.gather(-1, at_R1)[on_R, 0]
-        self.entropy_BT[live_R, t] = d.entropy(logp_RV)[on_R]
-        self.generated_B[live_R] = t + 1
+        """Token t of the rows that are still running; without sources it is the student's. Where the others end there is
+        padding, and padding is written: nobody waits for a device to say which rows those are."""
+        at_R1 = ids_R[:, None]
+        source_R = torch.full_like(ids_R, int(Source.STUDENT), dtype=torch.int8) if source_R is None else source_R
+        columns = (
+            (self.ids_BT, ids_R, self.pad_id),
+            (self.source_BT, source_R, int(Source.PADDING)),
+            (self.behavior_logp_BT, behavior_RV.gather(-1, at_R1)[:, 0], torch.nan),
+            (self.logp_BT, logp_RV.gather(-1, at_R1)[:, 0], torch.nan),
+            (self.entropy_BT, d.entropy(logp_RV), torch.nan),
+        )
+        for column_BT, value_R, nothing in columns:
+            column_BT[:, t].index_copy_(0, row_R, value_R.to(column_BT.dtype).masked_fill(~on_R, nothing))
+        self.generated_B.index_add_(0, row_R, on_R.long())
 
     def give(self, b: int, ids: list[int], stopped: bool) -> None:
         """The whole of a rollout that nobody sampled: whatever is known of sampled tokens stays NaN."""
@@ -55,15 +61,15 @@ class Responses:
         """A further column's value at token t of the rows that are still running."""
         if name not in self.extra:
             self.extra[name] = self._full(torch.nan, torch.float32)
-        self.extra[name][row_R[on_R], t] = value_R[on_R].to(torch.float32)
+        self.extra[name][:, t].index_copy_(0, row_R, value_R.to(torch.float32).masked_fill(~on_R, torch.nan))
 
     def finish(self, row_R: Tensor, stopped_R: Tensor, kept_R: Tensor | None, on_R: Tensor) -> Tensor:
         """Which running rows go on: neither at a stop id nor cut to the tokens kept, -1 where there is no cut."""
         if kept_R is not None:
-            cut_R = kept_R >= 0
-            self.kept_B[row_R[on_R & cut_R]] = kept_R[on_R & cut_R]
-            on_R, stopped_R = on_R & ~cut_R, stopped_R & ~cut_R
-        self.stopped_B[row_R[on_R]] = stopped_R[on_R]
+            cut_R = on_R & (kept_R >= 0)
+            self.kept_B.index_copy_(0, row_R, torch.where(cut_R, kept_R, self.kept_B[row_R]))
+            on_R = on_R & ~cut_R
+        self.stopped_B.index_copy_(0, row_R, torch.where(on_R, stopped_R, self.stopped_B[row_R]))
         return on_R & ~stopped_R
 
     def rollouts(
