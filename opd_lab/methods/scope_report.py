@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opd_lab import divergence as d
-from opd_lab.methods.base import Ask
+from opd_lab.methods.base import Ask, rollout_mean
 from opd_lab.types import Batch
 
 SHOWN = 4  # rollouts of each path in the table, those of the highest perplexity
@@ -29,7 +29,8 @@ def report(
 ) -> dict[str, float | Tensor]:
     """Every number of a step that speaks of paths. `missing_B`: wrong rollouts that the teacher did not score."""
     rollouts, mask_BT, length_B = batch.rollouts, batch.rollouts.mask_BT, batch.rollouts.length_B
-    (correct_B, nll_S_B, _), (wrong_B, nll_T_B, _) = paths.values()
+    (correct_B, nll_S_B, _), (wrong_B, _, _) = paths.values()
+    nll_T_B = -rollout_mean(logq_BT, mask_BT)  # recorded also where the wrong path does not ask for it
     inside_PB = rollouts.group_B.unique()[:, None] == rollouts.group_B
     size = {term: (inside_PB & path.member_B).sum(1) for term, path in paths.items()}
     gap_BT = logp_BT - logq_BT
@@ -61,8 +62,8 @@ def report(
         values[f"{term}_ess_fraction"] = mean((ess_P / size[term])[size[term] > 1])
         values[f"{term}_weight_max"] = max(weight_N.tolist(), default=math.nan)
         values[f"{term}_weight"] = weight_N
-    row_N = wrong_B.nonzero()[:, 0]
-    row_N = row_N[nll_T_B[row_N].argsort()]  # from the least to the most surprised teacher
+    row_N = (wrong_B & nll_T_B.isfinite()).nonzero()[:, 0]
+    row_N = row_N[nll_T_B[row_N].argsort(stable=True)]  # from the least to the most surprised teacher
     for quarter, rows in enumerate(row_N.tensor_split(4), 1):
         values[f"gap_wrong_q{quarter}_nats"] = gap_BT[rows][mask_BT[rows]]
     return values

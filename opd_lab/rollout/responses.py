@@ -36,8 +36,8 @@ class Responses:
         source_R: Tensor | None,
         on_R: Tensor,
     ) -> None:
-        """Token t of the rows that are still running; without sources it is the student's. Where the others end there is
-        padding, and padding is written: nobody waits for a device to say which rows those are."""
+        """Token t of the rows that are still running; without sources it is the student's. The others' padding is
+        written again: nobody waits for a device to say which rows those are."""
         at_R1 = ids_R[:, None]
         source_R = torch.full_like(ids_R, int(Source.STUDENT), dtype=torch.int8) if source_R is None else source_R
         columns = (

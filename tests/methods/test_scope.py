@@ -342,6 +342,13 @@ def test_metrics_by_hand() -> None:
     near(torch.as_tensor(report["scope/gap_wrong_q3_nats"]), 1.4)
 
 
+@pytest.mark.parametrize("wrong_loss", ["topk", "none"])
+def test_a_wrong_path_that_does_not_ask_for_the_teacher_s_perplexity_is_reported_by_it_all_the_same(wrong_loss) -> None:
+    asking, silent = SCOPE().metrics(gv3(), {}), SCOPE(wrong_loss=wrong_loss).metrics(gv3(), {})
+    for name in ("gap_wrong_q1_nats", "gap_wrong_q3_nats", "nll_teacher_wrong_nats", "ppl_teacher_wrong_mean"):
+        torch.testing.assert_close(silent[f"scope/{name}"], asking[f"scope/{name}"])
+
+
 def test_a_metric_without_rollouts_is_nan_and_named() -> None:
     report = SCOPE().metrics(batch_of([(0, 1.0, [-0.1], [-0.2])]), {})
     for name in ("ppl_teacher_wrong_mean", "gap_wrong_mean_nats", "wrong_ess_fraction", "wrong_weight_max"):
