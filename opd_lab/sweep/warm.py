@@ -10,7 +10,7 @@ from opd_lab.tracking.origin import environment
 for _name in (  # what a run imports, early or late
     *("opd_lab.run", "opd_lab.sweep.worker", "opd_lab.tracking.mlflow", "mlflow.store.tracking.sqlalchemy_store"),
     *("sqlalchemy.dialects.sqlite", "pandas", "pyarrow.parquet", "pyarrow.pandas_compat"),
-    *("matplotlib.figure", "PIL.ImageDraw", "transformers.generation.utils"),
+    *("PIL.ImageDraw", "transformers.generation.utils"),
     "transformers.models.qwen3.modeling_qwen3",  # of the embedded lab
 ):
     import_module(_name)
