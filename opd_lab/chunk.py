@@ -45,8 +45,8 @@ class Head:
 
 
 class _Project(torch.autograd.Function):
-    """h W^T, for factors of half precision too in float32: their products are exact there, and logits that were rounded
-    to 8 bits would make a KL wrong by parts in ten. What goes back is of the factors' own precision."""
+    """h W^T, for factors of half precision too in float32: their products are exact there, and logits rounded to 8
+    bits would spoil the KL of two near models. What goes back is of the factors' own precision."""
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
