@@ -236,6 +236,11 @@ def _sampled(logp_NV: Tensor, ids_N: Tensor) -> Tensor:
     return logp_NV.gather(-1, ids_N[:, None])[:, 0]
 
 
+def _preferred(logp_NV: Tensor, than_N: Tensor) -> Tensor:
+    """How many tokens are likelier. Compared into numbers, for truth values are added up at a third of the speed."""
+    return torch.gt(logp_NV, than_N[:, None], out=torch.empty_like(logp_NV)).sum(-1)
+
+
 def _logp_student(c: Chunk, temperature: float = 1.0) -> Tensor:
     return _sampled(c.logp_NV if temperature == 1 else (c.logp_NV / temperature).log_softmax(-1), c.ids_N)
 
@@ -271,7 +276,7 @@ COMPUTE: dict[str, Callable[..., Any]] = {
     "full_teacher": lambda c, align="predict": c.logq_NV if align == "predict" else c.after("teacher").detach(),
     "full_reference": lambda c: c.logr_NV,
     "hidden": lambda c, owner, layers, align: c.layers(owner, hidden("", layers, align)),
-    "rank_teacher": lambda c: (c.logq_NV > _sampled(c.logq_NV, c.ids_N)[:, None]).sum(-1).to(c.logq_NV.dtype),
+    "rank_teacher": lambda c: _preferred(c.logq_NV, _sampled(c.logq_NV, c.ids_N)),
 }
 
 _ALONE = {  # signals of one model

@@ -31,7 +31,7 @@ CORE = [
     *of("chunk.py", "signals/test_recording.py",
        ('self._teacher, "teacher").detach()', 'self._teacher, "teacher")'),
        ("d.entropy(c.logq_NV, c.q_NV)", "d.entropy(c.logp_NV)"),
-       ("c.logq_NV > _sampled", "c.logq_NV >= _sampled"),
+       ("torch.gt(", "torch.ge("),
        ("hidden_NH.float() @ weight_VH.float().T", "(hidden_NH @ weight_VH.T).float()", "divergence/test_laws.py"),
        ("self.softcap * torch.tanh", "torch.tanh", "signals/test_objective.py"),
        ("c.logp_NV / temperature", "c.logp_NV * temperature", "methods/test_scope_updates.py"),
