@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +155,7 @@ def large(folder: Path) -> None:
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(place)
 
-    rollouts = made_up(16, TOKENS // 16, VOCABULARY, generator)
-    rollouts = replace(
-        rollouts,
-        **{f.name: v.to(place) for f in fields(rollouts) if isinstance(v := getattr(rollouts, f.name), Tensor)},
-    )
+    rollouts = made_up(16, TOKENS // 16, VOCABULARY, generator).to(place)
     mask_BT = rollouts.mask_BT
     hidden_NH, weight_VH = normal(TOKENS, WIDTH), normal(VOCABULARY, WIDTH, scale=0.05)
     teacher = States(hidden_NH + normal(TOKENS, WIDTH, scale=0.3), Head(weight_VH))

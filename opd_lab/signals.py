@@ -55,11 +55,9 @@ def objective(
     losses; they are only recorded. Tokens that count in the same terms share chunks, so that what a term says of a
     token on which it has no weight, be it NaN, reaches no gradient.
     """
-    counts_TN = torch.stack([weight_N != 0 for weight_N in weights.values()])
-    trained_N = counts_TN.any(0)
     bit = {term: 1 << i for i, term in enumerate(reversed(list(weights)))}
-    bit_T1 = torch.tensor([[bit[term]] for term in weights], device=counts_TN.device)
-    kind_N = (counts_TN * bit_T1).sum(0)
+    kind_N = torch.stack([(weight_N != 0) * bit[term] for term, weight_N in weights.items()]).sum(0)
+    trained_N = kind_N > 0
     parts = [
         (rows, frozenset(term for term, value in bit.items() if kind & value))
         for kind in kind_N[trained_N].unique().tolist()

@@ -85,8 +85,14 @@ class Rollouts:
         return len(self.ids_BL)
 
     def rows(self, index: slice | Tensor) -> Self:
-        own = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "extra"}
-        return replace(self, **own, extra={name: value[index] for name, value in self.extra.items()})
+        return self._each(lambda value: value[index])
+
+    def to(self, device: torch.device | str) -> Self:
+        return self._each(lambda value: value.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        own = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name != "extra"}
+        return replace(self, **own, extra={name: change(value) for name, value in self.extra.items()})
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,12 +20,13 @@ from opd_lab import models, preparation
 from opd_lab.chunk import Head, States, measure
 from opd_lab.config import CONF
 from opd_lab.diagnostics import RECORD_DUE
+from opd_lab.rollout.torch_engine import TorchEngine
 from opd_lab.run import load_parts
 from opd_lab.tracking import read
 from opd_lab.tracking.system import System
 from opd_lab.tracking.tracker import FanOut
 from opd_lab.train import Trainer
-from opd_lab.types import Report
+from opd_lab.types import Behavior, Report
 
 pytestmark = [
     pytest.mark.gpu,
@@ -118,9 +119,6 @@ def test_half_precision_models_work(tmp_path: Path, dtype: str):
 
 @pytest.mark.parametrize("kind", tiny.HEADS)
 def test_every_architecture_decodes_and_scores_alike(kind: str):
-    from opd_lab.rollout.torch_engine import TorchEngine
-    from opd_lab.types import Behavior
-
     found = []
     for device in ("cpu", "cuda"):
         lm = tiny.make(kind)

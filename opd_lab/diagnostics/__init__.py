@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -80,12 +80,10 @@ def observe(
 
 def _on_cpu(batch: Batch) -> Batch:
     """What is looked at here, brought over once: another device would be waited for at every number."""
-    r = batch.rollouts
-    if r.ids_BL.device.type == "cpu":
+    if batch.rollouts.ids_BL.device.type == "cpu":
         return batch
-    own = {f.name: getattr(r, f.name).cpu() for f in fields(r) if f.name != "extra"}
-    rollouts = replace(r, **own, extra={name: value.cpu() for name, value in r.extra.items()})
-    return replace(batch, rollouts=rollouts, signals={s: value.cpu() for s, value in batch.signals.items()})
+    signals = {signal: value_BT.cpu() for signal, value_BT in batch.signals.items()}
+    return replace(batch, rollouts=batch.rollouts.to("cpu"), signals=signals)
 
 
 _HISTOGRAMS = {
