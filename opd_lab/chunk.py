@@ -206,6 +206,8 @@ class Chunk(Mapping[Signal, Any]):
             full |= {probs: self._known[probs].detach()} if probs in self._known else {}
         width = max((value.shape[-1] for value in full.values()), default=1)
         size = max(IN_CACHE // width, 1) if self.ids_N.device.type == "cpu" else len(self.ids_N)
+        if size >= len(self.ids_N):
+            return found | {signal: self[signal].detach() for signal in rest}
         parts: dict[Signal, list[Tensor]] = {signal: [] for signal in rest}
         for begin in range(0, len(self.ids_N), size):
             rows = slice(begin, begin + size)

@@ -66,20 +66,23 @@ def objective(
     job = _Job(losses, tokens, declared, weights, kept, student, teacher, reference, record, tally, parts)
     head = student.head
     value = _Objective.apply(job, student.hidden_NH, head.weight_VH, head.bias_V, *student.layers.values())
-    untrained_N = ~trained_N
-    if record and bool(untrained_N.any()):
-        rest = tokens.ids_N[untrained_N], student.at(untrained_N), cut(teacher, untrained_N)
-        seen = measure(record, *rest, chunk=chunk)
-        for signal, value_N in seen.items():
-            _into(job.out.signals, signal, untrained_N, value_N, len(trained_N))
+    untrained_M = (~trained_N).nonzero()[:, 0] if record else trained_N.new_empty(0)
+    if len(untrained_M):
+        rest = tokens.ids_N[untrained_M], student.at(untrained_M), cut(teacher, untrained_M)
+        job.read.append((untrained_M, measure(record, *rest, chunk=chunk)))
+    job.out.signals = _together(job.read, record)
     job.out.values = {term: float(value) for term, value in job.totals.items()}
     return value, job.out
 
 
-def _into(table: dict[Any, Tensor], key: Any, index: Tensor, value_N: Tensor, size: int) -> None:
-    if key not in table:
-        table[key] = torch.full((size,), float("nan"), dtype=value_N.dtype, device=value_N.device)
-    table[key][index] = value_N
+def _together(read: list[tuple[Tensor, dict[Signal, Tensor]]], record: frozenset[Signal]) -> dict[Signal, Tensor]:
+    """What was read of some tokens at a time, in the order of all; in one go, for each signal apart costs as much as to
+    compute it."""
+    if not read or not record:
+        return {}
+    order_N = torch.cat([rows for rows, _ in read])
+    value_SN = torch.cat([torch.stack([seen[signal] for signal in record]) for _, seen in read], 1)
+    return dict(zip(record, torch.empty_like(value_SN).index_copy_(1, order_N, value_SN)))
 
 
 def add(total: dict[str, Tensor], part: Mapping[str, Tensor]) -> None:
@@ -102,6 +105,7 @@ class _Job:
     tally: Tally | None
     parts: list[tuple[Tensor, frozenset[str]]]  # chunks of the tokens that are trained, and the terms they count in
     totals: dict[str, Tensor] = field(default_factory=dict)
+    read: list[tuple[Tensor, dict[Signal, Tensor]]] = field(default_factory=list)  # what was recorded of which tokens
     out: Recorded = field(default_factory=Recorded)
 
     def rebuild(self, leaves: list[Tensor | None]) -> States:
@@ -126,13 +130,17 @@ class _Job:
                 part = d.weighted_mean(loss_N, self.weights[term][rows].to(loss_N.dtype), self.kept[term])
                 total = total + part
                 add(self.totals, {term: part.detach()})
-                _into(self.out.losses, term, rows, loss_N.detach(), len(self.tokens.ids_N))
+                self._keep(term, rows, loss_N.detach())
         with torch.no_grad():
-            for signal, value_N in seen.read(self.record).items():
-                _into(self.out.signals, signal, rows, value_N, len(self.tokens.ids_N))
+            self.read.append((rows, seen.read(self.record)))
             if self.tally:
                 add(self.out.tallies, self.tally(view))
         return total
+
+    def _keep(self, term: str, rows: Tensor, loss_N: Tensor) -> None:
+        if term not in self.out.losses:
+            self.out.losses[term] = loss_N.new_full(self.tokens.ids_N.shape, torch.nan)
+        self.out.losses[term][rows] = loss_N
 
 
 def at(tokens: Tokens, rows: Tensor, signals: Mapping[Signal, Any]) -> Tokens:

@@ -169,7 +169,7 @@ def accumulate_gradient(
     kept = {term: int((weight_BT != 0).sum()) for term, weight_BT in weights.items()}
     out = Gradient(values=dict.fromkeys(weights, 0.0))
     losses: dict[str, list[Tensor]] = {}
-    signals: dict[Signal, list[Tensor]] = {}
+    recorded: list[Tensor] = []
     for rows, view in zip(micro_batches(len(batch.rollouts), micro_batch), views, strict=True):
         tokens = tokens_of(batch, rows, old)
         value, seen = objective(
@@ -191,12 +191,12 @@ def accumulate_gradient(
             collect()
         for term, share in seen.values.items():
             out.values[term] += share
-        size = len(tokens.ids_N)
-        for signal in record:
-            signals.setdefault(signal, []).append(seen.signals.get(signal, tokens.behavior_logp_N.new_empty(size)))
+        none_N = torch.full((len(tokens.ids_N),), torch.nan, device=mask_BT.device)
+        if record:
+            recorded.append(torch.stack([seen.signals.get(signal, none_N) for signal in record]))
         for term in weights:
-            missing_N = torch.full((size,), torch.nan, device=mask_BT.device)
-            losses.setdefault(term, []).append(seen.losses.get(term, missing_N).to(missing_N.dtype))
-    out.signals = {signal: scatter(torch.cat(parts), mask_BT) for signal, parts in signals.items()}
+            losses.setdefault(term, []).append(seen.losses.get(term, none_N).to(none_N.dtype))
+    if recorded:
+        out.signals = dict(zip(record, scatter(torch.cat(recorded, 1), mask_BT)))
     out.losses = {term: scatter(torch.cat(parts), mask_BT) for term, parts in losses.items()}
     return out

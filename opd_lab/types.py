@@ -344,7 +344,8 @@ class Report:
 
 
 def scatter(value_N: Tensor, mask_BT: Tensor) -> Tensor:
-    """Put a flat list of tokens back into its rollouts; NaN elsewhere. `value_BT[mask_BT]` undoes it."""
-    value_BT = torch.full(mask_BT.shape, float("nan"), dtype=value_N.dtype, device=value_N.device)
-    value_BT[mask_BT] = value_N
+    """Put a flat list of tokens, or several of them, shape SN, back into its rollouts; NaN elsewhere.
+    `value_BT[mask_BT]` undoes it."""
+    value_BT = value_N.new_full((*value_N.shape[:-1], *mask_BT.shape), torch.nan)
+    value_BT[..., mask_BT] = value_N
     return value_BT

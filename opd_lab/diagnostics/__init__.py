@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from opd_lab.diagnostics.flat import flatten
 from opd_lab.diagnostics.high_loss import Decode, HighLoss
 from opd_lab.diagnostics.histograms import count
 from opd_lab.diagnostics.positions import absolute_profile, profile
@@ -43,13 +44,14 @@ def observe(
     does not exist at this step."""
     batch, metrics = _on_cpu(batch), metrics or {}
     weights, losses = ({term: v.cpu() for term, v in some.items()} for some in (weights, losses or {}))
-    high_loss.add(batch)
-    report = Report(batch.step, scalars(batch, weights, settings.high_loss_quantile))
+    tokens = flatten(batch, RECORD_DUE)
+    high_loss.add(tokens)
+    report = Report(batch.step, scalars(tokens, weights, settings.high_loss_quantile))
     own = {name: float(value) for name, value in metrics.items() if not _is_histogram(value)}
     report.scalars |= {name: value for name, value in own.items() if not math.isnan(value)}
     counted = repeats(batch.rollouts)
     report.scalars |= repetition(counted)
-    report.tables["rollout_records"] = records(batch, counted, settings.rollout_records)
+    report.tables["rollout_records"] = records(tokens, counted, settings.rollout_records)
     if not due(batch.step, settings.every):
         return report
     mask_BT = batch.rollouts.mask_BT

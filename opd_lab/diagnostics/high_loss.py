@@ -15,10 +15,11 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from opd_lab.diagnostics.positions import relative_BT
+from opd_lab.diagnostics.flat import Flat, Floats, Ints
 from opd_lab.diagnostics.quadrants import Quadrants
 from opd_lab.types import (
     ENTROPY_STUDENT,
@@ -26,7 +27,7 @@ from opd_lab.types import (
     LOGP_STUDENT,
     LOGP_TEACHER,
     REVERSE_KL,
-    Batch,
+    Rollouts,
 )
 
 WINDOWS = 16  # remembered for the persistence
@@ -56,53 +57,50 @@ class HighLoss:
         self._steps, self._windows = 0, 0  # steps in the open window, closed windows
         self._texts: dict[tuple[int, ...], str] = {}  # the examples of the last table
 
-    def add(self, batch: Batch) -> None:
+    def add(self, tokens: Flat) -> None:
         """Count the generated tokens of a step; without a full teacher distribution there is no KL to count."""
-        if REVERSE_KL not in batch.signals:
+        if REVERSE_KL not in tokens:
             return
-        nan_BT = torch.full_like(batch[REVERSE_KL], torch.nan)
-        signals = [batch.signals.get(signal, nan_BT).detach().double() for signal in (REVERSE_KL, *_OTHERS)]
-        value_SBT, mask_BT = torch.stack(signals).cpu(), batch.rollouts.mask_BT.cpu()
-        keep_BT = mask_BT & value_SBT[0].isfinite()
-        ids_N = batch.rollouts.response_BT.cpu()[keep_BT].long()
-        kl_N, logp_N, logq_N, entropy_student_N, entropy_teacher_N = value_SBT[:, keep_BT]
+        keep_N = np.isfinite(tokens[REVERSE_KL])
+        ids_N, kl_N = tokens.ids_N[keep_N], tokens[REVERSE_KL][keep_N]
+        relative_N = tokens.rank_N / tokens.length_B[tokens.row_N]
         seen = {
-            "count": torch.ones_like(kl_N),
+            "count": None,
             "kl": kl_N,
-            "kl_square": kl_N.square(),
-            "p_student": logp_N.exp(),
-            "p_teacher": logq_N.exp(),
-            "entropy_student": entropy_student_N,
-            "entropy_teacher": entropy_teacher_N,
-            "position": relative_BT(mask_BT)[keep_BT],
+            "kl_square": kl_N * kl_N,
+            "p_student": np.exp(tokens[LOGP_STUDENT][keep_N]),
+            "p_teacher": np.exp(tokens[LOGP_TEACHER][keep_N]),
+            "entropy_student": tokens[ENTROPY_STUDENT][keep_N],
+            "entropy_teacher": tokens[ENTROPY_TEACHER][keep_N],
+            "position": relative_N[keep_N],
         }
-        step_SV = _per_type(ids_N, torch.stack([seen[name] for name in _SUMMED]), len(self._kl_max_V))
+        # added up in the order of the tokens
+        per_type = [np.bincount(ids_N, seen[name], len(self._kl_max_V)) for name in _SUMMED]
+        step_SV = torch.from_numpy(np.stack(per_type, dtype=np.float64))
         self._sum_SV += step_SV
         self._window_count_V += step_SV[0]
         self._window_kl_V += step_SV[1]
-        self._keep_examples(batch, keep_BT, ids_N, kl_N)
+        self._keep_examples(tokens.rollouts, tokens.place_N[keep_N], ids_N, kl_N)
         self._steps += 1
         if self._steps == self._window:
             self._close_window()
 
-    def _keep_examples(self, batch: Batch, keep_BT: Tensor, ids_N: Tensor, kl_N: Tensor) -> None:
+    def _keep_examples(self, rollouts: Rollouts, place_N: Ints, ids_N: Ints, kl_N: Floats) -> None:
         """Where a type's maximum rises, its first such token becomes its example."""
-        before_V = self._kl_max_V.clone()
-        self._kl_max_V.scatter_reduce_(0, ids_N, kl_N, "amax")
-        winner_N = (kl_N == self._kl_max_V[ids_N]) & (kl_N > before_V[ids_N])
-        order_M = winner_N.nonzero()[:, 0]
-        if not len(order_M):
+        kl_max_V = self._kl_max_V.numpy()
+        rises_M = (kl_N > kl_max_V[ids_N]).nonzero()[0]
+        if not len(rises_M):
             return
-        first_V = torch.full(before_V.shape, NOTHING)
-        first_V.scatter_reduce_(0, ids_N[order_M], order_M, "amin", include_self=False)
-        types_M = (first_V != NOTHING).nonzero()[:, 0]
-        row_M, column_M = keep_BT.nonzero()[first_V[types_M]].unbind(1)
-        column_MC = batch.rollouts.prompt_columns + column_M[:, None] + torch.arange(-BEFORE, AFTER + 1)
-        ids_BL, there_BL = batch.rollouts.ids_BL.cpu(), batch.rollouts.attention_BL.cpu()
+        np.maximum.at(kl_max_V, ids_N[rises_M], kl_N[rises_M])
+        rises_M = rises_M[kl_N[rises_M] == kl_max_V[ids_N[rises_M]]]
+        types_M, first_M = np.unique(ids_N[rises_M], return_index=True)
+        row_M, column_M = np.divmod(place_N[rises_M[first_M]], rollouts.source_BT.shape[1])
+        column_MC = rollouts.prompt_columns + column_M[:, None] + np.arange(-BEFORE, AFTER + 1)
+        ids_BL, there_BL = rollouts.ids_BL.numpy(), rollouts.attention_BL.numpy()
         inside_MC = (column_MC >= 0) & (column_MC < ids_BL.shape[1])
-        column_MC = column_MC.clamp(0, ids_BL.shape[1] - 1)
+        column_MC = column_MC.clip(0, ids_BL.shape[1] - 1)
         inside_MC &= there_BL[row_M[:, None], column_MC]
-        self._example_VC[types_M] = ids_BL[row_M[:, None], column_MC].masked_fill(~inside_MC, NOTHING).int()
+        self._example_VC.numpy()[types_M] = np.where(inside_MC, ids_BL[row_M[:, None], column_MC], NOTHING)
 
     def _close_window(self) -> None:
         mean_V = self._window_kl_V / self._window_count_V  # NaN where the type was not written
@@ -183,13 +181,5 @@ def _text(decode: Decode, ids: tuple[int, ...]) -> str:
     return "{}⟦{}⟧{}".format(*(decode([i for i in part if i != NOTHING]) for part in parts))
 
 
-def _per_type(ids_N: Tensor, value_SN: Tensor, vocabulary: int) -> Tensor:
-    """Sums [S, V] over the tokens of each type, added up in the order of the tokens."""
-    place_SN = ids_N + vocabulary * torch.arange(len(value_SN))[:, None]
-    sums = torch.bincount(place_SN.flatten(), value_SN.flatten(), minlength=len(value_SN) * vocabulary)
-    return sums.view(-1, vocabulary)
-
-
-_OTHERS = (LOGP_STUDENT, LOGP_TEACHER, ENTROPY_STUDENT, ENTROPY_TEACHER)
 _SUMMED = ("count", "kl", "kl_square", "p_student", "p_teacher", "entropy_student", "entropy_teacher", "position")
 _STATE = ("kl_max_V", "example_VC", "window_count_V", "window_kl_V", "high_V", "steps", "windows")

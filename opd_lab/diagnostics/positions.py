@@ -18,11 +18,6 @@ def rank_BT(mask_BT: Tensor) -> Tensor:
     return mask_BT.cumsum(1) - mask_BT.long()
 
 
-def relative_BT(mask_BT: Tensor) -> Tensor:
-    """Each generated token's place in its rollout, in [0, 1); float64."""
-    return rank_BT(mask_BT).double() / mask_BT.sum(1, keepdim=True).clamp(min=1)
-
-
 def profile(batch: Batch) -> list[dict[str, Any]]:
     """One row per decile of the relative position that holds a token: its tokens and the means of their signals."""
     mask_BT = batch.rollouts.mask_BT

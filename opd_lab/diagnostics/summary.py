@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from opd_lab.diagnostics.flat import Flat, Floats, gap_N
 from opd_lab.diagnostics.support import support
 from opd_lab.types import (
     ENTROPY_STUDENT,
@@ -24,7 +26,6 @@ from opd_lab.types import (
     REVERSE_KL,
     TOTAL_VARIATION,
     Batch,
-    Rollouts,
     Signal,
     Source,
     jsd,
@@ -62,31 +63,29 @@ def quantile(value_N: Tensor, q: float) -> float:
     return _quantile(value_N.sort().values, q)
 
 
-def _quantile(sorted_N: Tensor, q: float) -> float:
+def _quantile(sorted_N: Tensor | Floats, q: float) -> float:
     return float(sorted_N[max(math.ceil(q * len(sorted_N)), 1) - 1])
 
 
-def scalars(batch: Batch, weights: Mapping[str, Tensor], high_loss_quantile: float) -> dict[str, float]:
+def scalars(tokens: Flat, weights: Mapping[str, Tensor], high_loss_quantile: float) -> dict[str, float]:
     """Every scalar of the step that exists."""
-    mask_BT = batch.rollouts.mask_BT
-    out = _rollouts(batch.rollouts) | _weights(weights, mask_BT)
-    names = [name for name, signal in _MEANS.items() if signal in batch.signals]
-    if names:
-        value_SN = torch.stack([batch[_MEANS[name]].double() for name in names]).cpu()[:, mask_BT.cpu()]
-        means = zip(names, value_SN.nanmean(1).tolist())
-        out |= {name: mean for name, mean in means if not math.isnan(mean)}
-    if REVERSE_KL in batch.signals and len(kl_N := present(batch[REVERSE_KL], mask_BT).sort().values):
+    out = _rollouts(tokens) | _weights(weights, tokens)
+    there_SN = ~np.isnan(tokens.value_SN)
+    total_S, count_S = np.where(there_SN, tokens.value_SN, 0.0).sum(1).tolist(), there_SN.sum(1).tolist()
+    means = {signal: total / count for signal, total, count in zip(tokens.order, total_S, count_S) if count}
+    out |= {name: means[signal] for name, signal in _MEANS.items() if signal in means}
+    if REVERSE_KL in means:
+        kl_N = np.sort(tokens[REVERSE_KL])[: count_S[tokens.order[REVERSE_KL]]]  # NaN stand last
         out |= {f"kl/reverse_p{round(100 * q)}_nats": _quantile(kl_N, q) for q in (0.5, 0.9, 0.99)}
         if (total := float(kl_N.sum())) > 0:
-            high_N = kl_N > _quantile(kl_N, high_loss_quantile)
-            out["high_loss/kl_share_fraction"] = float(kl_N[high_N].sum()) / total
-    gap_N = present(gap_BT(batch), mask_BT)
-    out |= support(gap_BT(batch), batch.rollouts)
-    if len(gap_N):
-        out["gap/mean_nats"] = float(gap_N.mean())
-        out["gap/std_nats"] = float(gap_N.std(correction=0))
-    if LOGP_TEACHER in batch.signals and bool(mask_BT.any()):
-        out["teacher/unscored_fraction"] = float(batch[LOGP_TEACHER][mask_BT].isnan().double().mean())
+            out["high_loss/kl_share_fraction"] = float(kl_N[kl_N > _quantile(kl_N, high_loss_quantile)].sum()) / total
+    out |= support(tokens)
+    if LOGP_TEACHER in tokens:
+        gap_M = (gap := gap_N(tokens))[~np.isnan(gap)]
+        if len(gap_M):
+            out |= {"gap/mean_nats": float(gap_M.mean()), "gap/std_nats": float(gap_M.std())}
+        if len(gap):
+            out["teacher/unscored_fraction"] = (len(gap) - count_S[tokens.order[LOGP_TEACHER]]) / len(gap)
     return out
 
 
@@ -123,29 +122,30 @@ def total_weight_BT(weights: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([weight_BT.double() for weight_BT in weights.values()]).sum(0)
 
 
-def _weights(weights: Mapping[str, Tensor], mask_BT: Tensor) -> dict[str, float]:
+def _weights(weights: Mapping[str, Tensor], tokens: Flat) -> dict[str, float]:
     """The share of tokens that count nothing, and the share of tokens that do the work: (sum w)^2 / (N sum w^2)."""
-    if not weights or not bool(mask_BT.any()):
+    if not weights or not len(tokens.ids_N):
         return {}
-    weight_N = total_weight_BT(weights)[mask_BT].cpu()
-    out = {"weight/zero_fraction": float((weight_N == 0).double().mean())}
-    if (square := float(weight_N.square().sum())) > 0:
+    weight_N = tokens.pick(total_weight_BT(weights))
+    out: dict[str, float] = {"weight/zero_fraction": np.count_nonzero(weight_N == 0) / len(weight_N)}
+    if (square := float(weight_N @ weight_N)) > 0:
         out["weight/effective_fraction"] = float(weight_N.sum()) ** 2 / (len(weight_N) * square)
     return out
 
 
-def _rollouts(rollouts: Rollouts) -> dict[str, float]:
+def _rollouts(tokens: Flat) -> dict[str, float]:
+    rollouts = tokens.rollouts
     if not len(rollouts):
         return {}
-    out = {
-        "rollout/length_mean_tokens": float(rollouts.length_B.double().mean()),
-        "rollout/truncated_fraction": float((~rollouts.stopped_B).double().mean()),
+    out: dict[str, float] = {
+        "rollout/length_mean_tokens": len(tokens.ids_N) / len(rollouts),
+        "rollout/truncated_fraction": np.count_nonzero(~rollouts.stopped_B.numpy()) / len(rollouts),
     }
     if "generated" in rollouts.extra:
         out["rollout/cut_fraction"] = float(rollouts.cut_B.double().mean())
-    reward_N = rollouts.reward_B[~rollouts.reward_B.isnan()]
-    if len(reward_N):
-        out["rollout/reward_mean_fraction"] = float(reward_N.double().mean())
+    reward_B = rollouts.reward_B.numpy().astype(np.float64)
+    if len(reward_M := reward_B[~np.isnan(reward_B)]):
+        out["rollout/reward_mean_fraction"] = float(reward_M.mean())
     return out
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from opd_lab.diagnostics import RECORD_DUE, HighLoss
+from opd_lab.diagnostics.flat import Flat, flatten
 from opd_lab.diagnostics.quadrants import Quadrants
 from opd_lab.types import REVERSE_KL, Batch, Rollouts, Signal, Source
 
@@ -52,3 +53,8 @@ def high_loss_of(vocabulary: int, *, quantile: float, window: int) -> HighLoss:
     """The high-loss table with quadrants over two windows."""
     quadrants = Quadrants(vocabulary, windows=2, high=0.8, improvement=0.2)
     return HighLoss(vocabulary, quantile=quantile, window=window, quadrants=quadrants)
+
+
+def listed(batch: Batch) -> Flat:
+    """As `observe` lists its tokens."""
+    return flatten(batch, RECORD_DUE)

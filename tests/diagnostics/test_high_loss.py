@@ -11,7 +11,7 @@ import torch
 
 from opd_lab.diagnostics.high_loss import WINDOWS
 from opd_lab.types import ENTROPY_TEACHER, LOGP_TEACHER, REVERSE_KL, Batch
-from tests.diagnostics.batches import NAN, high_loss_of, random_batch, rollouts_of, with_signals
+from tests.diagnostics.batches import NAN, high_loss_of, listed, random_batch, rollouts_of, with_signals
 
 VOCABULARY = 12
 
@@ -41,7 +41,7 @@ def test_the_table_equals_a_naive_recomputation() -> None:
     batches = [random_batch(seed, VOCABULARY) for seed in range(5)]
     high_loss = high_loss_of(VOCABULARY, quantile=0.9, window=2)
     for batch in batches:
-        high_loss.add(batch)
+        high_loss.add(listed(batch))
     naive = occurrences(batches)
     kl_sum = sum(o["kl"] for many in naive.values() for o in many)
     tokens = sum(map(len, naive.values()))
@@ -75,9 +75,9 @@ def test_persistence_counts_the_windows_in_which_a_type_was_high() -> None:
     high_loss = high_loss_of(VOCABULARY, quantile=0.75, window=2)
     # A window is two steps; high are the types with the largest means that hold 1/4 of the tokens.
     for high in (True, False, True):
-        high_loss.add(a_step({1: [1.0] * 3, 2: [5.0 if high else 0.5]}))
-        high_loss.add(a_step({1: [1.0] * 3, 2: [5.0 if high else 0.5]}))
-    high_loss.add(a_step({1: [1.0] * 3, 2: [5.0]}))  # an open window does not count yet
+        high_loss.add(listed(a_step({1: [1.0] * 3, 2: [5.0 if high else 0.5]})))
+        high_loss.add(listed(a_step({1: [1.0] * 3, 2: [5.0 if high else 0.5]})))
+    high_loss.add(listed(a_step({1: [1.0] * 3, 2: [5.0]})))  # an open window does not count yet
     by_id = {row["id"]: row for row in high_loss.table(decode, 2)}
     assert (by_id[2]["persistence_windows"], by_id[2]["windows"]) == (2, 3)
     assert by_id[1]["persistence_windows"] == 1  # of the middle window it holds the upper 3/4, above the mean of .875
@@ -85,8 +85,8 @@ def test_persistence_counts_the_windows_in_which_a_type_was_high() -> None:
 
 def test_a_frequent_type_can_be_high_and_equal_types_cannot() -> None:
     high_loss = high_loss_of(VOCABULARY, quantile=0.95, window=1)
-    high_loss.add(a_step({1: [0.1] * 5, 2: [5.0] * 5}))
-    high_loss.add(a_step({1: [0.5] * 5, 2: [0.5] * 5}))
+    high_loss.add(listed(a_step({1: [0.1] * 5, 2: [5.0] * 5})))
+    high_loss.add(listed(a_step({1: [0.5] * 5, 2: [0.5] * 5})))
     times = {row["id"]: row["persistence_windows"] for row in high_loss.table(decode, 2)}
     assert times == {1: 0, 2: 1}
 
@@ -94,7 +94,7 @@ def test_a_frequent_type_can_be_high_and_equal_types_cannot() -> None:
 def test_old_windows_are_forgotten() -> None:
     high_loss = high_loss_of(VOCABULARY, quantile=0.5, window=1)
     for step in range(WINDOWS + 5):
-        high_loss.add(a_step({1: [1.0] * 3, 2: [9.0 if step < 7 else 0.0]}))
+        high_loss.add(listed(a_step({1: [1.0] * 3, 2: [9.0 if step < 7 else 0.0]})))
     row = next(row for row in high_loss.table(decode, 2) if row["id"] == 2)
     assert (row["persistence_windows"], row["windows"]) == (2, WINDOWS)  # high in 0 ... 6, remembered from 5
 
@@ -103,28 +103,30 @@ def test_the_example_is_the_occurrence_with_the_largest_kl_in_its_context() -> N
     rollouts = rollouts_of([[8, 9], [7], [6]], [[1, 2, 3], [2, 4], [2]])
     kl_BT = torch.tensor([[0.0, 1.0, 0.5], [3.0, 0.0, 0.0], [3.0, 0.0, 0.0]])  # of two equal ones, the first
     high_loss = high_loss_of(VOCABULARY, quantile=0.9, window=1)
-    high_loss.add(with_signals(rollouts, {REVERSE_KL: kl_BT}))
+    high_loss.add(listed(with_signals(rollouts, {REVERSE_KL: kl_BT})))
     examples = {row["id"]: row["example"] for row in high_loss.table(decode, 9)}
     assert examples[2] == "7⟦2⟧4"
     assert examples[3] == "8 9 1 2⟦3⟧"
-    high_loss.add(with_signals(rollouts, {REVERSE_KL: torch.tensor([[0.0, 2.0, 9.0], [2.0, 0.0, 0.0], [3.0] * 3])}))
+    high_loss.add(
+        listed(with_signals(rollouts, {REVERSE_KL: torch.tensor([[0.0, 2.0, 9.0], [2.0, 0.0, 0.0], [3.0] * 3])}))
+    )
     assert {row["id"]: row["example"] for row in high_loss.table(decode, 9)}[2] == "7⟦2⟧4"  # 2 < 3
 
 
 def test_restored_from_a_file_it_goes_on_exactly(tmp_path: Path) -> None:
     whole, first = (high_loss_of(VOCABULARY, quantile=0.9, window=3) for _ in range(2))
     for seed in range(6):
-        whole.add(random_batch(seed))
+        whole.add(listed(random_batch(seed)))
     for seed in range(4):
-        first.add(random_batch(seed))
+        first.add(listed(random_batch(seed)))
     torch.save(first.state_dict(), tmp_path / "state.pt")
     second, third = (high_loss_of(VOCABULARY, quantile=0.9, window=3) for _ in range(2))
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     third.load_state_dict(first.state_dict())
-    first.add(random_batch(7))  # does not reach into the copy
+    first.add(listed(random_batch(7)))  # does not reach into the copy
     for seed in (4, 5):
-        second.add(random_batch(seed))
-        third.add(random_batch(seed))
+        second.add(listed(random_batch(seed)))
+        third.add(listed(random_batch(seed)))
     assert second.table(decode, 99) == third.table(decode, 99) == whole.table(decode, 99)
 
 
@@ -135,12 +137,12 @@ def test_another_vocabulary_is_refused() -> None:
 
 def test_numbers_that_are_not_finite_poison_nothing() -> None:
     high_loss = high_loss_of(VOCABULARY, quantile=0.9, window=1)
-    high_loss.add(a_step({1: [1.0, NAN, math.inf], 2: [3.0]}))
+    high_loss.add(listed(a_step({1: [1.0, NAN, math.inf], 2: [3.0]})))
     rows = {row["id"]: row for row in high_loss.table(decode, 9)}
     assert (rows[1]["count"], rows[1]["kl_mean_nats"], rows[2]["kl_share_fraction"]) == (1, 1.0, 0.75)
 
 
 def test_without_a_teacher_distribution_there_is_no_table() -> None:
     high_loss = high_loss_of(VOCABULARY, quantile=0.9, window=1)
-    high_loss.add(Batch(rollouts_of([[1]], [[2]]), {}))
+    high_loss.add(listed(Batch(rollouts_of([[1]], [[2]]), {})))
     assert high_loss.table(decode, 9) == []

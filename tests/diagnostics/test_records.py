@@ -10,7 +10,7 @@ import torch
 
 from opd_lab.diagnostics.records import records, repeats, repetition
 from opd_lab.types import REVERSE_KL, Batch, Source
-from tests.diagnostics.batches import NAN, rollouts_of, with_signals
+from tests.diagnostics.batches import NAN, listed, rollouts_of, with_signals
 
 ROLLOUTS = rollouts_of([[7], [7, 7], [7]], [[1, 2, 1, 2, 1, 2], [5, 6], [3]], rewards=[1.0, 0.0, 1.0])
 
@@ -21,7 +21,7 @@ def test_by_hand() -> None:
     kl_BT = torch.tensor([[1.0, 2.0, 3.0, NAN, 0.0, 0.0], [9.0, 4.0, 0.0, 0.0, 0.0, 0.0], [NAN] * 6])
     batch = with_signals(replace(ROLLOUTS, uid_B=torch.tensor([12, 11, 10])), {REVERSE_KL: kl_BT}, step=3)
     counted = repeats(batch.rollouts)
-    rows = records(batch, counted, rows=2)  # the two smallest uids
+    rows = records(listed(batch), counted, rows=2)  # the two smallest uids
     assert [row["uid"] for row in rows] == [10, 11]
     assert math.isnan(rows[0]["kl_mean_nats"]) and math.isnan(rows[0]["repetition_fraction"])
     assert rows[1] == pytest.approx(
@@ -38,14 +38,14 @@ def test_by_hand() -> None:
         },
         nan_ok=True,
     )
-    last = records(batch, counted, rows=99)[2]
+    last = records(listed(batch), counted, rows=99)[2]
     assert (last["source"], last["length_tokens"], last["kl_mean_nats"]) == ("student+teacher", 6, pytest.approx(6 / 5))
     assert last["repetition_fraction"] == pytest.approx(1 / 3)  # 1212, 2121, 1212
-    assert records(batch, counted, rows=0) == []
+    assert records(listed(batch), counted, rows=0) == []
 
 
 def test_without_a_teacher_distribution_there_is_no_kl() -> None:
-    assert all(math.isnan(row["kl_mean_nats"]) for row in records(Batch(ROLLOUTS, {}), repeats(ROLLOUTS), 9))
+    assert all(math.isnan(row["kl_mean_nats"]) for row in records(listed(Batch(ROLLOUTS, {})), repeats(ROLLOUTS), 9))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -63,7 +63,7 @@ def test_repetition_equals_a_naive_count(seed: int) -> None:
     assert (counted.repeated_B.tolist(), counted.grams_B.tolist()) == (repeated, grams)
     assert repetition(counted) == {"rollout/repetition_fraction": sum(repeated) / sum(grams)}
     naive = [r / g if g else NAN for r, g in zip(repeated, grams)]
-    found = [row["repetition_fraction"] for row in records(Batch(rollouts, {}), counted, 6)]
+    found = [row["repetition_fraction"] for row in records(listed(Batch(rollouts, {})), counted, 6)]
     assert found == pytest.approx(naive, nan_ok=True)
 
 

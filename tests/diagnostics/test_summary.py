@@ -8,7 +8,7 @@ import torch
 from opd_lab.diagnostics.positions import absolute_profile, profile
 from opd_lab.diagnostics.summary import RECORD_DUE, quantile, scalars
 from opd_lab.types import LOGP_STUDENT, LOGP_TEACHER, REVERSE_KL, Batch, jsd
-from tests.diagnostics.batches import NAN, random_batch, rollouts_of, with_signals
+from tests.diagnostics.batches import NAN, listed, random_batch, rollouts_of, with_signals
 
 ROLLOUTS = rollouts_of([[7], [7, 7]], [[1, 2, 3, 4], [5, 6]], rewards=[1.0, 0.0])
 BATCH = with_signals(
@@ -23,7 +23,7 @@ WEIGHTS = {"opd": torch.tensor([[1.0, 1.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]])}
 
 
 def test_all_generated_tokens_count_those_of_weight_zero_included() -> None:
-    found = scalars(BATCH, WEIGHTS, 0.5)
+    found = scalars(listed(BATCH), WEIGHTS, 0.5)
     assert found["kl/reverse_mean_nats"] == pytest.approx(20 / 6)
     assert found["kl/reverse_p50_nats"] == 2.0  # 0 1 2 | 3 4 10
     assert found["kl/reverse_p90_nats"] == found["kl/reverse_p99_nats"] == 10.0
@@ -36,7 +36,7 @@ def test_all_generated_tokens_count_those_of_weight_zero_included() -> None:
 
 
 def test_a_token_without_a_score_is_left_out_and_counted() -> None:
-    found = scalars(BATCH, WEIGHTS, 0.5)
+    found = scalars(listed(BATCH), WEIGHTS, 0.5)
     assert found["teacher/unscored_fraction"] == pytest.approx(1 / 6)
     assert found["gap/mean_nats"] == pytest.approx((1 + 1 + 1 - 1 + 0) / 5)
     assert found["gap/std_nats"] == pytest.approx(((3 * 0.6**2 + 1.4**2 + 0.4**2) / 5) ** 0.5)
@@ -44,16 +44,16 @@ def test_a_token_without_a_score_is_left_out_and_counted() -> None:
 
 def test_the_jensen_shannon_divergence_is_a_yardstick_of_every_method() -> None:
     both = with_signals(ROLLOUTS, {jsd(0.5): torch.tensor([[0.1, 0.2, 0.3, 0.6], [0.0, 0.6, 9.0, 9.0]])})
-    assert scalars(both, WEIGHTS, 0.5)["kl/jsd_mean_nats"] == pytest.approx(1.8 / 6)
+    assert scalars(listed(both), WEIGHTS, 0.5)["kl/jsd_mean_nats"] == pytest.approx(1.8 / 6)
     assert jsd(0.5) in RECORD_DUE
 
 
 def test_what_does_not_exist_is_absent() -> None:
     bare = Batch(rollouts_of([[7]], [[1, 2]]), {})
-    found = scalars(bare, {}, 0.9)
+    found = scalars(listed(bare), {}, 0.9)
     assert set(found) == {"rollout/length_mean_tokens", "rollout/truncated_fraction"}
     nothing = with_signals(rollouts_of([[7]], [[1, 2]]), {REVERSE_KL: torch.zeros(1, 2)})
-    assert "high_loss/kl_share_fraction" not in scalars(nothing, {}, 0.9)
+    assert "high_loss/kl_share_fraction" not in scalars(listed(nothing), {}, 0.9)
 
 
 def test_quantiles_are_values_that_occur() -> None:
@@ -66,8 +66,8 @@ def test_the_order_of_rollouts_changes_nothing() -> None:
     order_B = torch.tensor([3, 1, 5, 0, 2, 4])
     other = Batch(batch.rollouts.rows(order_B), {s: v[order_B] for s, v in batch.signals.items()})
     weights = {"opd": batch.rollouts.mask_BT.float()}
-    found = scalars(batch, weights, 0.9)
-    assert scalars(other, {"opd": weights["opd"][order_B]}, 0.9) == pytest.approx(found, rel=1e-12)
+    found = scalars(listed(batch), weights, 0.9)
+    assert scalars(listed(other), {"opd": weights["opd"][order_B]}, 0.9) == pytest.approx(found, rel=1e-12)
 
 
 def test_the_profile_covers_every_token_once() -> None:
