@@ -140,6 +140,7 @@ def test_numbers_that_are_not_finite_poison_nothing() -> None:
     high_loss.add(listed(a_step({1: [1.0, NAN, math.inf], 2: [3.0]})))
     rows = {row["id"]: row for row in high_loss.table(decode, 9)}
     assert (rows[1]["count"], rows[1]["kl_mean_nats"], rows[2]["kl_share_fraction"]) == (1, 1.0, 0.75)
+    assert rows[2]["example"] == "9 1 1 1⟦2⟧"
 
 
 def test_without_a_teacher_distribution_there_is_no_table() -> None:
