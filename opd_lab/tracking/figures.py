@@ -105,6 +105,6 @@ def _drawn(title: str, steps: Sequence[int], shade_SK: np.ndarray, ticks: Mappin
     if last > LEFT + 40:
         draw.text((last, HEIGHT - 22), str(steps[-1]), fill="black", anchor="ma")
     picture = axes.point([SHADES + grey * GREYS // 255 for grey in range(256)])
-    picture.paste(Image.fromarray(shade_SK[at_X[None, :], bin_Y[:, None]]), (LEFT, TOP))
+    picture.paste(Image.fromarray(shade_SK.T.take(bin_Y, 0).take(at_X, 1)), (LEFT, TOP))
     picture.putpalette(_palette())
     return picture
