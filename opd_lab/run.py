@@ -37,7 +37,7 @@ from opd_lab.tracking.tracker import FanOut, RunInfo, Tracker
 from opd_lab.train import Evaluated, Progress, Pruned, Trainer
 
 Say = Callable[[str], None]
-TOGETHER_SECONDS = 2.0  # reports that come within it are written, and delivered, together
+TOGETHER_SECONDS = 5.0  # reports that come within it are written, and delivered, together
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from opd_lab.tracking.arranged import arrange
+from opd_lab.tracking.bulk import log_metrics
 from opd_lab.tracking.model import log_model
 from opd_lab.tracking.showing import TABLES, Shown
 from opd_lab.tracking.stored import PARAMS, quiet
@@ -198,7 +199,7 @@ class MLflow:
         """Send what waits, scalars last: they say that a report is complete. Where that fails it waits on."""
         self._send_files()
         if self._metrics:
-            self._client.log_batch(self.run_id, metrics=self._metrics, tags=_tags(self._tags), synchronous=True)
+            log_metrics(self._client, self.run_id, self._metrics, _tags(self._tags))
             self._metrics, self._tags = [], {}
 
     def _send_files(self) -> None:
