@@ -6,7 +6,7 @@ lab       steps of plain OPD on the embedded lab, with all diagnostics and with 
           pair of steps has the same tokens
 large     the signals pass and the observation of 2,048 tokens at a vocabulary of 151,936 and a width of 1,024, random
           weights, recording everything against recording nothing, in turn
-tracking  lab runs with run folder and MLflow and without any tracker, in turn; beginning and end of a run are apart
+tracking  steps of the lab with run folder and MLflow and without any tracker, in turn; beginning and end are apart
 memory    bytes of all that the diagnostics remember, over 10,000 made-up steps
 real      steps of plain OPD of two models with the shapes of Qwen3 of 0.6 and 1.7 billion parameters in bf16, random
           weights, with all diagnostics and with none, in turn; wants a CUDA device
@@ -49,7 +49,7 @@ VOCABULARY, WIDTH, TOKENS, CHUNK = 151_936, 1_024, 2_048, 512
 REAL = ["rollout.max_tokens=64", "evaluate.max_tokens=64", "optim.micro_batch=16", "optim.chunk_tokens=1024"]
 REAL += ["optim.lr=1e-6", "diagnostics.every=2"]
 SHAPES = {"student": (1_024, 3_072), "teacher": (2_048, 6_144)}  # width and inner width, 28 layers each
-LAB_STEPS, FIRST_STEPS, TRACKED_STEPS, TRACKED_ROUNDS = 110, 3, 100, 5
+LAB_STEPS, FIRST_STEPS, TRACKED_STEPS, TRACKED_ROUNDS = 110, 5, 100, 10
 
 
 class Unwatched(Watch):
@@ -77,9 +77,9 @@ def blind(made: Trainer) -> Trainer:
     return made
 
 
-def timed(work: Any) -> float:
+def timed(work: Any, *arguments: Any) -> float:
     begin = time.perf_counter()
-    work()
+    work(*arguments)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - begin
@@ -206,41 +206,36 @@ def large(folder: Path) -> None:
 
 def tracking(folder: Path) -> None:
     """Per step: what the loop loses, first with one core left for the process that delivers to the store, then with
-    none. That process is a fork: until the loop has written to its pages once, each costs a copy; so beginning and end
-    of a run are apart."""
+    none. One trainer takes turns, for two differ by more than what is asked. That process is a fork: until the loop has
+    written to its pages once, each costs a copy; so beginning and end of a run are apart."""
     cores = torch.get_num_threads()
     for threads in sorted({max(cores - 1, 1), cores}):
         torch.set_num_threads(threads)
+        made = trainer(folder, FanOut([]))
+
+        def steps(number: int, made: Trainer = made) -> None:
+            for _ in range(number):
+                made.deliver(made.advance())
+
+        def begin(place: Path, made: Trainer = made) -> None:
+            made.tracker = trackers(made.settings, place)
+            made.tracker.start(identity(made.settings, made.parts, "opd", place, "", step=0))
+            steps(FIRST_STEPS)
+
         seconds: dict[bool, list[float]] = {True: [], False: []}
-        begins: dict[bool, list[float]] = {True: [], False: []}
-        ends: list[float] = []
-        for turn in range(2 * TRACKED_ROUNDS + 2):
-            tracked, place = turn % 2 == 0, folder / f"{threads}_{turn}"
-            made = trainer(place, FanOut([]))
-
-            def steps(number: int, made: Trainer = made) -> None:
-                for _ in range(number):
-                    made.deliver(made.advance())
-
-            def begin(made: Trainer = made, tracked: bool = tracked, place: Path = place) -> None:
-                if tracked:
-                    made.tracker = trackers(made.settings, place / "run")
-                    made.tracker.start(identity(made.settings, made.parts, "opd", place / "run", "", step=0))
-                steps(FIRST_STEPS, made)
-
-            begins[tracked].append(timed(begin))
-            seconds[tracked].append(timed(lambda steps=steps: steps(TRACKED_STEPS)) / TRACKED_STEPS)
-            if tracked:
-                ends.append(timed(lambda made=made: made.tracker.finish("FINISHED")))
-        show(
-            f"tracking, one step of the lab, {threads} of {cores} cores for torch",
-            seconds[True][1:],
-            seconds[False][1:],
-        )
-        more = statistics.median(begins[True]) - statistics.median(begins[False])
+        begins, ends = [], []
+        steps(FIRST_STEPS)
+        for turn in range(TRACKED_ROUNDS):
+            begins.append(timed(begin, folder / f"{threads}_{turn}"))
+            seconds[True].append(timed(steps, TRACKED_STEPS) / TRACKED_STEPS)
+            ends.append(timed(made.tracker.finish, "FINISHED"))
+            made.tracker = FanOut([])
+            begins[-1] -= timed(steps, FIRST_STEPS)
+            seconds[False].append(timed(steps, TRACKED_STEPS) / TRACKED_STEPS)
+        show(f"tracking, one step of the lab, {threads} of {cores} cores for torch", seconds[True], seconds[False])
         print(
-            f"tracking, a run of {FIRST_STEPS + TRACKED_STEPS} steps: {more:.2f} s more to begin with its first "
-            f"{FIRST_STEPS} steps, {statistics.median(ends):.2f} s more to end",
+            f"tracking, a run of {FIRST_STEPS + TRACKED_STEPS} steps: {statistics.median(begins):.2f} s more to begin "
+            f"with its first {FIRST_STEPS} steps, {statistics.median(ends):.2f} s more to end",
             flush=True,
         )
     torch.set_num_threads(cores)
