@@ -1,8 +1,8 @@
 """MLflow: the same run, live. This module imports it late, with its telemetry and progress bars off.
 
 The store is a SQLite file beside the run folders unless `tracking.uri` names another; it is created under a file lock,
-because two processes that open a new store at once break each other. One batched call carries all scalars that have come
-since the last (`bulk.py`).
+because two processes that open a new store at once break each other. One batched call carries all scalars that have
+come since the last (`bulk.py`).
 MLflow has no histogram and no chart for one, so each is drawn over training and logged as an image with key and step,
 which its comparison view pages through; the numbers themselves are in the run folder's files, logged at the end.
 """
