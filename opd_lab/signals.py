@@ -76,8 +76,8 @@ def objective(
 
 
 def _together(read: list[tuple[Tensor, dict[Signal, Tensor]]], record: frozenset[Signal]) -> dict[Signal, Tensor]:
-    """What was read of some tokens at a time, in the order of all; in one go, for each signal apart costs as much as to
-    compute it."""
+    """What was read of some tokens at a time, in the order of all; in one go, for to move a signal costs more than it
+    holds."""
     if not read or not record:
         return {}
     order_N = torch.cat([rows for rows, _ in read])

@@ -10,15 +10,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from opd_lab.diagnostics.flat import flatten
+from opd_lab.diagnostics.flat import flatten, gap_N
 from opd_lab.diagnostics.high_loss import Decode, HighLoss
 from opd_lab.diagnostics.histograms import count
 from opd_lab.diagnostics.positions import absolute_profile, profile
 from opd_lab.diagnostics.records import records, repeats, repetition
 from opd_lab.diagnostics.samples import sample
-from opd_lab.diagnostics.summary import RECORD, RECORD_DUE, gap_BT, ratio_BT, scalars, total_weight_BT
+from opd_lab.diagnostics.summary import RECORD, RECORD_DUE, ratio_BT, scalars, total_weight_BT
 from opd_lab.settings import DiagnosticsSettings
 from opd_lab.types import ENTROPY_STUDENT, ENTROPY_TEACHER, FORWARD_KL, RANK_TEACHER, REVERSE_KL, Batch, Report
 
@@ -56,9 +57,9 @@ def observe(
         return report
     mask_BT = batch.rollouts.mask_BT
     for name, (signal, bins) in _HISTOGRAMS.items():
-        if signal in batch.signals:
-            report.histograms[name] = count(batch[signal][mask_BT], bins)
-    report.histograms["gap/sampled_nats"] = count(gap_BT(batch)[mask_BT], "gap_nats")
+        if signal in tokens:
+            report.histograms[name] = count(torch.from_numpy(tokens[signal]), bins)
+    report.histograms["gap/sampled_nats"] = count(torch.from_numpy(gap_N(tokens)), "gap_nats")
     report.histograms["importance/sampled_ratio"] = count(ratio_BT(batch)[mask_BT], "importance_ratio")
     report.histograms["rollout/length_tokens"] = count(batch.rollouts.length_B, "count")
     if weights:
@@ -68,8 +69,8 @@ def observe(
     for name, value in metrics.items():
         if _is_histogram(value):
             report.histograms[name] = count(value, "signed")  # pyright: ignore[reportArgumentType]
-    report.tables["positions"] = profile(batch)
-    report.tables["positions_absolute"] = absolute_profile(batch)
+    report.tables["positions"] = profile(tokens)
+    report.tables["positions_absolute"] = absolute_profile(tokens)
     report.tables["high_loss_tokens"] = [
         {"step": batch.step, **row} for row in high_loss.table(decode, settings.high_loss_rows)
     ]

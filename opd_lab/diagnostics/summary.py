@@ -103,13 +103,6 @@ _MEANS = {
 }
 
 
-def gap_BT(batch: Batch) -> Tensor:
-    """log p_student - log p_teacher of the sampled token; all NaN where the teacher says nothing."""
-    logp_BT = batch.signals.get(LOGP_STUDENT, batch.rollouts.logp_BT)
-    logq_BT = batch.signals.get(LOGP_TEACHER)
-    return torch.full_like(logp_BT, torch.nan) if logq_BT is None else logp_BT - logq_BT
-
-
 def ratio_BT(batch: Batch) -> Tensor:
     """p_student / p of whoever sampled the token: 1 on the student's own untempered tokens, but for rounding, until it
     has moved. NaN where the sampler left no probability or is not known."""

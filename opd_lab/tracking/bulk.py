@@ -1,8 +1,8 @@
 """Many metrics at once into a store that is a database.
 
-MLflow makes an object of every metric and asks it many questions, at more of a processor's time than the rest of
-delivery together. What is history when it arrives needs none of that: it goes into the table as rows. The newest value
-of each metric goes through MLflow itself, which has to keep it apart as the latest.
+MLflow makes an object of every metric and asks it many questions, which is most of what delivery costs. What is history
+when it arrives needs none of that: it goes into the table as rows. The newest value of each metric goes through MLflow
+itself, which has to keep it apart as the latest.
 """
 
 from __future__ import annotations

@@ -71,14 +71,14 @@ def test_the_order_of_rollouts_changes_nothing() -> None:
 
 
 def test_the_profile_covers_every_token_once() -> None:
-    rows = profile(BATCH)
+    rows = profile(listed(BATCH))
     # four tokens: deciles 0 2 5 7; two tokens: deciles 0 5
     assert [(row["decile"], row["tokens"]) for row in rows] == [(0, 2), (2, 1), (5, 2), (7, 1)]
     assert [row["kl_reverse_mean_nats"] for row in rows] == [0.5, 2.0, 3.5, 10.0]
 
 
 def test_the_absolute_profile_counts_from_the_start_of_each_rollout() -> None:
-    rows = absolute_profile(BATCH)  # positions 0 1 2 3 and 0 1; stretches 0, 1, 2-3
+    rows = absolute_profile(listed(BATCH))  # positions 0 1 2 3 and 0 1; stretches 0, 1, 2-3
     assert [(row["begin_tokens"], row["end_tokens"], row["tokens"]) for row in rows] == [
         (0, 1, 2),
         (1, 2, 2),
@@ -88,6 +88,7 @@ def test_the_absolute_profile_counts_from_the_start_of_each_rollout() -> None:
 
 
 def test_a_profile_leaves_out_tokens_without_a_score() -> None:
-    rows = profile(with_signals(ROLLOUTS, {REVERSE_KL: torch.tensor([[NAN, 2.0, 3.0, 10.0], [0.5, NAN, 0.0, 0.0]])}))
+    kl_BT = torch.tensor([[NAN, 2.0, 3.0, 10.0], [0.5, NAN, 0.0, 0.0]])
+    rows = profile(listed(with_signals(ROLLOUTS, {REVERSE_KL: kl_BT})))
     assert [(row["tokens"], row["kl_reverse_mean_nats"]) for row in rows[:2]] == [(2, 0.5), (1, 2.0)]
     assert rows[2]["tokens"] == 2 and rows[2]["kl_reverse_mean_nats"] == 3.0
