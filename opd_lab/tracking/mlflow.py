@@ -220,7 +220,7 @@ class MLflow:
         said = _said(self._run_folder)
         self._client.log_batch(self.run_id, tags=_tags(said.get("tags", {})))
         if status == "FINISHED":
-            log_model(self._store, self.run_id, self._run_folder / "student", self._log_model_megabytes)
+            log_model(self._store, self.run_id, self._run_folder / "student", self._log_model_megabytes, self._last)
         self._client.set_terminated(self.run_id, status, _ms(self._run_folder, "ended"))
 
 

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 TOKENIZER = ("tokenizer*", "chat_template*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json")
 
 
-def log_model(store: Store, run_id: str, student: Path, megabytes: float) -> None:
-    """Log a student's folder once, if there is one and it is no larger than this."""
+def log_model(store: Store, run_id: str, student: Path, megabytes: float, step: int) -> None:
+    """Log a student's folder once, if there is one and it is no larger than this: what the run had made by a step."""
+    from mlflow.entities import LoggedModelOutput
+
     size = sum(path.stat().st_size for path in student.rglob("*") if path.is_file())
     wanted = f"source_run_id = '{run_id}'"
     if not 0 < size <= 1e6 * megabytes or store.client.search_logged_models([store.experiment_id], wanted):
@@ -31,6 +33,7 @@ def log_model(store: Store, run_id: str, student: Path, megabytes: float) -> Non
     with tempfile.TemporaryDirectory() as scratch:
         write(Path(scratch), student, made.model_id, run_id)
         store.client.log_model_artifacts(made.model_id, scratch)
+    store.client.log_outputs(run_id, [LoggedModelOutput(made.model_id, step)])
     store.client.finalize_logged_model(made.model_id, "READY")
 
 

@@ -256,6 +256,8 @@ def test_the_student_is_a_model_that_mlflow_and_transformers_load_again(tmp_path
     (model,) = store.client.search_logged_models([store.experiment_id])
     run_id = json.loads((folder / "mlflow.json").read_text())["run_id"]
     assert (model.name, model.source_run_id, str(model.status)) == ("student", run_id, "READY")
+    (shown,) = store.client.get_run(run_id).outputs.model_outputs  # what the run's page lists
+    assert (shown.model_id, shown.step) == (model.model_id, 1)
     kept = Path(model.artifact_location.removeprefix("file://"))
     assert not [path for path in kept.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".pickle")]
     mlflow.set_tracking_uri(store.uri)
